@@ -1,0 +1,23 @@
+"""What a compiled kernel takes from the processor, read from its binary."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """One device function of a source.
+
+    kernel        its name
+    registers     32-bit registers per thread
+    spill_bytes   stack per thread
+    smem_bytes    shared memory per block
+    num_warps     warps per block
+    binary_bytes  size of the machine code
+    """
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    num_warps: int
+    binary_bytes: int

@@ -1,0 +1,120 @@
+"""Verdict: a kernel's results against the oracle. Tolerances follow from the dtype and the problem's magnitudes.
+
+Rounding errors of n fp32 additions are bounded by `4 sqrt(n) u` with overwhelming probability (Higham and Mary,
+"A New Approach to Probabilistic Rounding Error Analysis", SISC 2019), u being half a unit in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from specattn_codegen import reference
+from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.results import Selection
+from specattn_codegen.spec import KernelSpec
+
+HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+FLOAT16_TINY = 2.0**-25  # half the smallest float16 denormal: what storing a weight in float16 may lose
+SAFETY = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """worst: the largest error as a multiple of its tolerance, over every checked element; passes at most at 1."""
+
+    passed: bool
+    worst: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Absolute bounds for out and lse; scores are bounded relatively, plus an absolute floor."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    scores_relative: float
+    scores_floor: float
+
+
+def tolerance(spec: KernelSpec, problem: AttentionProblem, expected_out: torch.Tensor, expected_lse: torch.Tensor) -> Tolerance:
+    """Half-precision kernels may round the softmax weights to the cache's dtype before the product with V."""
+    unit, unit_dtype = HALF_ULP["float32"], HALF_ULP[spec.dtype]
+    if problem.q.numel() == 0:
+        return Tolerance(out=expected_out, lse=expected_lse, scores_relative=0.0, scores_floor=0.0)
+    keys = problem.k_cache.double().nan_to_num(0.0).norm(dim=-1).max().item()
+    values = problem.v_cache.double().nan_to_num(0.0).abs().max().item()
+    logit = spec.heads.scale * problem.q.double().norm(dim=-1).max().item() * keys
+    logit_error = unit * (SAFETY * math.sqrt(spec.heads.head_dim) * logit + logit + SAFETY)
+    sum_error = SAFETY * math.sqrt(max(1, int(problem.kv_lens.max()))) * unit
+    weight_error = 2.0 * logit_error + sum_error
+    rounded_weights = 0.0 if spec.dtype == "float32" else unit_dtype
+    return Tolerance(
+        out=values * (weight_error + rounded_weights) + 2.0 * unit_dtype * expected_out.abs(),
+        lse=logit_error + sum_error + 2.0 * unit * expected_lse.abs().nan_to_num(0.0, posinf=0.0, neginf=0.0),
+        scores_relative=weight_error + rounded_weights,
+        scores_floor=0.0 if spec.dtype == "float32" else FLOAT16_TINY,
+    )
+
+
+def _excess(actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor) -> float:
+    """Largest |actual - expected| / allowed; infinite where one is NaN or infinite and the other is not."""
+    if expected.numel() == 0:
+        return 0.0
+    actual = actual.detach().cpu().double()
+    same = actual == expected
+    ratio = torch.where(same, 0.0, (actual - expected).abs() / allowed.clamp_min(1e-300))
+    return ratio.nan_to_num(nan=math.inf).max().item()
+
+
+def _verdict(errors: dict[str, float]) -> Verdict:
+    worst = max(errors.values())
+    detail = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+    return Verdict(passed=worst <= 1.0, worst=worst, detail=f"error / tolerance: {detail}")
+
+
+def check_attention(
+    spec: KernelSpec,
+    problem: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor | None = None,
+) -> Verdict:
+    """Compares out, lse and (where the spec scores) the prefix columns of scores with the float64 reference."""
+    common = (problem.q, problem.k_cache, problem.v_cache, problem.page_table, problem.kv_lens, problem.cu_q)
+    if spec.op == "verify_attention":
+        expected = reference.verify_attention(
+            *common, heads=spec.heads, score=spec.score, max_kv=problem.max_kv, sinks=problem.sinks
+        )
+        expected_scores = expected.scores
+    else:
+        if problem.indices is None or problem.counts is None:
+            raise TypeError("a sparse_attention problem carries a selection")
+        selection = Selection(problem.indices, problem.counts)
+        expected = reference.sparse_attention(
+            *common, selection, problem.tail_start, heads=spec.heads, sinks=problem.sinks
+        )
+        expected_scores = None
+    allowed = tolerance(spec, problem, expected.out, expected.lse)
+    errors = {"out": _excess(out, expected.out, allowed.out), "lse": _excess(lse, expected.lse, allowed.lse)}
+    if expected_scores is not None:
+        if scores is None:
+            raise TypeError("the spec asks for scores and the kernel gave none")
+        written = ~expected_scores.isnan()
+        want = expected_scores[written]
+        errors["scores"] = _excess(
+            scores.cpu()[written], want, want * allowed.scores_relative + allowed.scores_floor
+        )
+    return _verdict(errors)
+
+
+def check_selection(expected: Selection, actual: Selection) -> Verdict:
+    """Selections are exact: same counts, same ascending indices, -1 in every column after a row's count."""
+    counts_differ = int((expected.counts != actual.counts.cpu()).sum())
+    width = expected.indices.shape[-1]
+    indices = actual.indices.cpu()
+    indices_differ = int((expected.indices != indices[..., :width]).sum()) + int((indices[..., width:] != -1).sum())
+    return _verdict({"counts": math.inf if counts_differ else 0.0, "indices": math.inf if indices_differ else 0.0})

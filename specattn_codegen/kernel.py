@@ -1,0 +1,74 @@
+"""Calls and kernels: the arguments of one launch after they have been checked, and the object that takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from specattn_codegen.plan import Plan
+from specattn_codegen.policy import Policy
+from specattn_codegen.spec import KernelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """Arguments of verify_attention and sparse_attention (see DESIGN of the shared contract in ops.py).
+
+    q [total_q, Hq, D]; k_cache, v_cache [num_pages, page_size, Hkv, D]; page_table [B, max_pages] int32;
+    kv_lens [B] int32; cu_q [B + 1] int32; sinks [Hq] float32 or None. max_q bounds a request's rows and max_kv its
+    keys; both shape the grid. Outputs are written in place: out [total_q, Hq, Dv], lse [total_q, Hq] float32, scores
+    [B, S, max_kv] float32 when the spec scores. Sparse attention also has indices [B, S, K], counts [B, S] and
+    tail_start [B], all int32. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
+    """
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    cu_q: torch.Tensor
+    max_q: int
+    max_kv: int
+    sinks: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    scores: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    tail_start: torch.Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.kv_lens.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectCall:
+    """Arguments of select_kv: scores [B, S, N] float32, prefix_lens [B] int32 -> indices [B, S, K], counts [B, S]."""
+
+    scores: torch.Tensor
+    prefix_lens: torch.Tensor
+    policy: Policy
+    sink: int
+    recent: int
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+
+Call = AttentionCall | SelectCall
+
+
+class Kernel(Protocol):
+    """One built kernel. Launching neither allocates nor synchronises; everything it writes is in the call."""
+
+    @property
+    def spec(self) -> KernelSpec: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def workspace_bytes(self, call: Call) -> int: ...
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None: ...

@@ -1,0 +1,47 @@
+"""Where things lie on disk. The only module that reads the project's environment variables.
+
+SPECATTN_CACHE_DIR   built kernels, records of tuning runs, machine measurements
+SPECATTN_CONFIG_DIR  a folder of tuned-config packs that is looked up before the user's and the shipped ones
+SPECATTN_LOG         level of the `specattn` logger (DEBUG, INFO, WARNING, ERROR)
+"""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def _data_folder(name: str) -> Path:
+    """Inside the package when installed, at the top of the tree in a checkout."""
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else PACKAGE.parent / name
+
+
+def templates_dir() -> Path:
+    return _data_folder("templates")
+
+
+def shipped_packs_dir() -> Path:
+    return _data_folder("tuned_configs")
+
+
+def cache_dir() -> Path:
+    chosen = os.environ.get("SPECATTN_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("specattn"))
+
+
+def user_packs_dir() -> Path:
+    return Path(platformdirs.user_config_dir("specattn")) / "tuned_configs"
+
+
+def pack_layers() -> tuple[Path, ...]:
+    """Folders of packs, the first that has an entry wins: environment, user, shipped."""
+    chosen = os.environ.get("SPECATTN_CONFIG_DIR")
+    explicit = (Path(chosen).expanduser(),) if chosen else ()
+    return (*explicit, user_packs_dir(), shipped_packs_dir())
+
+
+def log_level() -> str:
+    return os.environ.get("SPECATTN_LOG", "WARNING").upper()

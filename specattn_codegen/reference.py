@@ -1,0 +1,169 @@
+"""The oracle: every operation in plain torch, float64, written to be read. Slow on purpose, on the CPU by nature.
+
+Same names, arguments and conventions as the kernels. Computes in float64 whatever the inputs' dtype and returns
+float64; nothing here is shared with any kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.policy import Policy
+from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
+from specattn_codegen.spec import ScoreHeads, ScoreSpec
+
+
+def gather_keys(cache: torch.Tensor, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows of a paged cache [num_pages, page_size, Hkv, D] at logical positions [N] -> [N, Hkv, D] float64."""
+    page_size = cache.shape[1]
+    pages = page_table[torch.div(positions, page_size, rounding_mode="floor")].long()
+    return cache[pages, positions % page_size].double()
+
+
+def row_logits(q_row: torch.Tensor, keys: torch.Tensor, heads: HeadConfig) -> torch.Tensor:
+    """q_row [Hq, D], keys [N, Hkv, D] -> scaled, softcapped logits [Hq, N] (float64)."""
+    grouped = q_row.double().view(heads.num_kv_heads, heads.group, heads.head_dim)
+    logits = torch.einsum("hgd,nhd->hgn", grouped, keys).reshape(heads.num_q_heads, -1) * heads.scale
+    return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
+
+
+def attend(
+    logits: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, heads: HeadConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [Hq, N] with -inf where unseen, values [N, Hkv, Dv] -> out [Hq, Dv], lse [Hq]."""
+    with_sink = logits if sinks is None else torch.cat([logits, sinks.double()[:, None]], dim=1)
+    if with_sink.shape[1] == 0:
+        return torch.zeros(heads.num_q_heads, heads.v_head_dim, dtype=torch.float64), torch.full(
+            (heads.num_q_heads,), -math.inf, dtype=torch.float64
+        )
+    lse = torch.logsumexp(with_sink, dim=1)
+    weights = torch.exp(logits - torch.where(lse == -math.inf, 0.0, lse)[:, None])
+    grouped = weights.view(heads.num_kv_heads, heads.group, -1)
+    out = torch.einsum("hgn,nhd->hgd", grouped, values).reshape(heads.num_q_heads, heads.v_head_dim)
+    return out, lse
+
+
+def _outputs(q: torch.Tensor, heads: HeadConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.zeros(q.shape[0], heads.num_q_heads, heads.v_head_dim, dtype=torch.float64)
+    return out, torch.full((q.shape[0], heads.num_q_heads), -math.inf, dtype=torch.float64)
+
+
+def first_visible(position: int, heads: HeadConfig) -> int:
+    """The oldest key a row at `position` sees."""
+    return 0 if heads.window is None else max(0, position - heads.window + 1)
+
+
+def scored_rows(rows: int, score: ScoreSpec) -> list[int]:
+    """Which of a request's verify rows count towards its scores."""
+    return {"all": list(range(rows)), "ends": sorted({0, rows - 1}), "last": [rows - 1]}[score.rows]
+
+
+def verify_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    *,
+    heads: HeadConfig,
+    score: ScoreSpec | None = None,
+    max_kv: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> VerifyOutput:
+    """Causal attention of each request's rows over its whole paged cache, with the scores of its prefix keys."""
+    out, lse = _outputs(q, heads)
+    columns = page_table.shape[1] * k_cache.shape[1] if max_kv is None else max_kv
+    score_rows = heads.num_kv_heads if score and score.heads == "kv_head" else 1
+    scores = torch.full((len(kv_lens), score_rows, columns), math.nan, dtype=torch.float64) if score else None
+
+    for request, kv_len in enumerate(kv_lens.tolist()):
+        start, end = int(cu_q[request]), int(cu_q[request + 1])
+        if kv_len <= 0 or end == start:
+            continue
+        first_row = kv_len - (end - start)  # position of the first row; negative when it lies before every key
+        prefix = max(0, first_row)
+        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len))
+        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len))
+        weights = torch.zeros(end - start, heads.num_q_heads, kv_len, dtype=torch.float64)
+        for row in range(start, end):
+            position = first_row + row - start
+            logits = row_logits(q[row], keys, heads)
+            logits[:, : first_visible(position, heads)] = -math.inf
+            logits[:, max(0, position + 1) :] = -math.inf
+            out[row], lse[row] = attend(logits, values, sinks, heads)
+            weights[row - start] = torch.exp(logits - torch.where(lse[row] == -math.inf, 0.0, lse[row])[:, None])
+        if score is not None and scores is not None:
+            mean = weights[scored_rows(end - start, score), :, :prefix].mean(dim=0)  # [Hq, prefix]
+            scores[request, :, :prefix] = mean.view(score_rows, heads.num_q_heads // score_rows, prefix).mean(dim=1)
+    return VerifyOutput(out, lse, scores)
+
+
+def order_key(score: float) -> tuple[bool, float]:
+    """Sorts scores from small to large with NaN below everything and -0 equal to +0."""
+    return (not math.isnan(score), 0.0 if math.isnan(score) else score + 0.0)
+
+
+def select_kv(
+    scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
+) -> Selection:
+    """Forced first and recent keys, then the best scored others until the budget is spent; smaller index on ties."""
+    batch, score_rows, columns = scores.shape
+    chosen: list[list[int]] = []
+    for request in range(batch):
+        prefix = min(int(prefix_lens[request]), columns)
+        budget = policy.budget(prefix)
+        for row in scores[request].tolist():
+            forced = {j for j in range(max(prefix, 0)) if j < sink or j >= prefix - recent}
+            others = sorted(set(range(max(prefix, 0))) - forced, key=lambda j: (*map(_descending, order_key(row[j])), j))
+            chosen.append(sorted(forced | set(others[: max(0, budget - len(forced))])))
+    width = max((len(keys) for keys in chosen), default=0)
+    indices = torch.tensor([keys + [-1] * (width - len(keys)) for keys in chosen], dtype=torch.int32)
+    counts = torch.tensor([len(keys) for keys in chosen], dtype=torch.int32)
+    return Selection(indices.view(batch, score_rows, width), counts.view(batch, score_rows))
+
+
+def _descending(value: float) -> float:
+    return -value
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    selection: Selection,
+    tail_start: torch.Tensor,
+    *,
+    heads: HeadConfig,
+    sinks: torch.Tensor | None = None,
+) -> SparseOutput:
+    """A row at position p sees {selected j < tail_start} and {tail_start <= j <= p}, inside its window."""
+    out, lse = _outputs(q, heads)
+    kinds: ScoreHeads = "layer" if selection.indices.shape[1] == 1 else "kv_head"
+    for request, kv_len in enumerate(kv_lens.tolist()):
+        start, end = int(cu_q[request]), int(cu_q[request + 1])
+        if kv_len <= 0 or end == start:
+            continue
+        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len))
+        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len))
+        visible = torch.zeros(heads.num_kv_heads, kv_len, dtype=torch.bool)
+        for kv_head in range(heads.num_kv_heads):
+            row = 0 if kinds == "layer" else kv_head
+            count = int(selection.counts[request, row])
+            picked = selection.indices[request, row, :count].long()
+            visible[kv_head, picked[picked < min(int(tail_start[request]), kv_len)]] = True
+        visible[:, max(0, int(tail_start[request])) :] = True
+        visible = visible.repeat_interleave(heads.group, dim=0)  # [Hq, kv_len]
+        for row in range(start, end):
+            position = kv_len - end + row
+            logits = row_logits(q[row], keys, heads).masked_fill(~visible, -math.inf)
+            logits[:, : first_visible(position, heads)] = -math.inf
+            logits[:, max(0, position + 1) :] = -math.inf
+            out[row], lse[row] = attend(logits, values, sinks, heads)
+    return SparseOutput(out, lse)

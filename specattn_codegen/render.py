@@ -1,0 +1,53 @@
+"""Source: a spec and a plan as text a person would have written. Deterministic: no clock, no path, no host name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import jinja2
+
+from specattn_codegen import paths
+from specattn_codegen.plan import Plan
+from specattn_codegen.spec import KernelSpec
+
+SUFFIX = {"cpu": ".cpp", "triton": ".py"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Rendered text of one kernel file.
+
+    target  what it was rendered for: an instruction set on the CPU, "triton" where the text serves every GPU
+    """
+
+    spec: KernelSpec
+    plan: Plan
+    target: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:20]
+
+    @property
+    def suffix(self) -> str:
+        return SUFFIX[self.plan.backend]
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(paths.templates_dir()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def render(spec: KernelSpec, plan: Plan, target: str) -> Source:
+    """Templates choose structure; the constants at the top of the rendered file hold the numbers."""
+    template = _environment().get_template(f"{plan.backend}/{spec.op}{SUFFIX[plan.backend]}.jinja")
+    text = template.render(spec=spec, heads=spec.heads, plan=plan.as_dict(), target=target)
+    return Source(spec=spec, plan=plan, target=target, text=text)

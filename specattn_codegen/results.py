@@ -1,0 +1,33 @@
+"""What the operations return. Tensors only; no kernel and no plan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class VerifyOutput(NamedTuple):
+    """out [total_q, Hq, Dv]; lse [total_q, Hq] float32, natural log, sinks included; scores [B, S, max_prefix] float32.
+
+    Score columns at and past a request's prefix are never written.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    scores: torch.Tensor | None
+
+
+class SparseOutput(NamedTuple):
+    """out [total_q, Hq, Dv]; lse [total_q, Hq] float32, natural log, sinks included."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Selection(NamedTuple):
+    """indices [B, S, K] int32, logical key positions, ascending, -1 padded; counts [B, S] int32; block: keys per index."""
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    block: int = 1

@@ -1,0 +1,53 @@
+"""Search spaces: the axes of a kernel's plan, its safe default, and the single statement of every constraint."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import ModuleType
+
+from specattn_codegen.arch import Arch
+from specattn_codegen.plan import Backend, Plan
+from specattn_codegen.space import cpu, triton
+from specattn_codegen.space.axis import Axis
+from specattn_codegen.spec import KernelSpec
+
+__all__ = ["Axis", "axes", "backends_for", "default_plan", "feasible", "why_invalid"]
+
+_SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton}
+
+
+def backends_for(arch: Arch) -> tuple[Backend, ...]:
+    return ("triton",) if arch.is_gpu else ("cpu",)
+
+
+def axes(spec: KernelSpec, backend: Backend) -> tuple[Axis, ...]:
+    return _SPACES[backend].axes(spec)
+
+
+def default_plan(spec: KernelSpec, arch: Arch, backend: Backend) -> Plan:
+    """A plan that is valid on every architecture the backend serves, chosen for safety before speed."""
+    return _SPACES[backend].default_plan(spec, arch)
+
+
+def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
+    """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
+    if plan.backend not in backends_for(arch):
+        return f"backend {plan.backend} does not run on {arch.name}"
+    choices = {axis.name: axis.values for axis in axes(spec, plan.backend)}
+    settings = plan.as_dict()
+    if settings.keys() != choices.keys():
+        return f"settings are {', '.join(settings)}; this space has {', '.join(choices)}"
+    for name, value in settings.items():
+        if value not in choices[name]:
+            return f"{name}={value} is not one of {', '.join(map(str, choices[name]))}"
+    return _SPACES[plan.backend].why_invalid(plan, spec, arch)
+
+
+def feasible(spec: KernelSpec, arch: Arch, backend: Backend) -> Iterator[Plan]:
+    """Every valid plan, in the order of the axes."""
+    space = axes(spec, backend)
+    for values in itertools.product(*(axis.values for axis in space)):
+        plan = Plan.of(backend, **dict(zip((axis.name for axis in space), values, strict=True)))
+        if why_invalid(plan, spec, arch) is None:
+            yield plan
