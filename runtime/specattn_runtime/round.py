@@ -1,0 +1,166 @@
+"""One round of self-speculative decoding: draft with few keys, verify with all, select anew, accept, rewind.
+
+Knows how a round goes, not when a request ends or what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specattn_codegen.policy import Policy
+from specattn_codegen.results import Selection
+from specattn_codegen.spec import ScoreSpec
+from specattn_runtime.acceptance import accept_greedy
+from specattn_runtime.kernels_protocol import AttentionKernels
+from specattn_runtime.llama import Llama
+from specattn_runtime.paged_cache import PagedCache, Rows
+from specattn_runtime.phases import Draft, Prefill, Verify
+from specattn_runtime.presets import Preset
+from specattn_runtime.stopwatch import Stopwatch
+
+NOTHING = -1  # pads token rows where a request has fewer rows than the longest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftView:
+    """What drafts read: one selection a layer, of keys below tail_start [B] int32, and every key from there on."""
+
+    selections: tuple[Selection, ...]
+    tail_start: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """The full model's word on some rows, padded where a request has fewer rows than the longest.
+
+    targets  [B, rows] int64: its choice after each row
+    margins  [B, rows]: by how much the best logit beats the second
+    view     what the next drafts read; None in a run without drafts
+    """
+
+    targets: torch.Tensor
+    margins: torch.Tensor
+    view: DraftView | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emitted:
+    """What a round gave one request: tokens and their margins, out of `drafted` drafts; empty for an ended request."""
+
+    tokens: list[int]
+    margins: list[float]
+    drafted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The parts that decode a batch. Its requests' lengths are the cache's; nothing else is kept between rounds."""
+
+    model: Llama
+    kernels: AttentionKernels
+    cache: PagedCache
+    preset: Preset
+    policy: Policy
+    stopwatch: Stopwatch
+
+    def prefill(self, prompts: Sequence[Sequence[int]], verified_rows: int) -> Verified:
+        """Dense attention for all but the last `verified_rows` tokens of each prompt, verification for those.
+
+        So the first round already has a selection, and a dense run computes the very same numbers up to here.
+        """
+        tails = []
+        for request, prompt in enumerate(prompts):
+            split = max(0, len(prompt) - verified_rows)
+            tails.append(list(prompt[split:]))
+            if split:
+                rows = self.cache.extend([split if other == request else 0 for other in range(len(prompts))])
+                tokens = torch.tensor(prompt[:split], device=self.model.device)
+                self.model.forward(tokens, rows.positions, Prefill(cache=self.cache, rows=rows))
+        width = max(len(tail) for tail in tails)
+        tokens = self._token_rows([tail + [NOTHING] * (width - len(tail)) for tail in tails])
+        return self.verify(tokens, [len(tail) for tail in tails], self.preset.score)
+
+    def round(
+        self, newest: Sequence[int], draft_lens: Sequence[int], alive: Sequence[bool], view: DraftView | None
+    ) -> tuple[list[Emitted], DraftView | None]:
+        """Emits 1 to draft_lens[b] + 1 tokens of every living request, and the view for the next round.
+
+        `newest` are the requests' last emitted tokens, which are not cached yet. With all draft lengths 0 a round is
+        one dense step.
+        """
+        prefixes = list(self.cache.lengths)
+        with self.stopwatch.phase("draft"):
+            tokens = self._token_rows([[token] for token in newest])
+            if view is not None:
+                tokens = self.draft(tokens, draft_lens, view)
+            self._rewind(prefixes)
+        counts = [length + 1 if living else 0 for length, living in zip(draft_lens, alive, strict=True)]
+        verified = self.verify(tokens, counts, self.preset.score if self.preset.drafts else None)
+        accepted = accept_greedy(tokens[:, 1:], verified.targets, torch.tensor(draft_lens, device=tokens.device))
+        kept = [some + 1 if living else 0 for some, living in zip(accepted.tolist(), alive, strict=True)]
+        self._rewind([prefix + count for prefix, count in zip(prefixes, kept, strict=True)])
+        choices = zip(kept, verified.targets.tolist(), verified.margins.tolist(), draft_lens, strict=True)
+        emitted = [Emitted(tokens=row[:n], margins=margins[:n], drafted=length) for n, row, margins, length in choices]
+        return emitted, verified.view
+
+    def draft(self, newest: torch.Tensor, draft_lens: Sequence[int], view: DraftView) -> torch.Tensor:
+        """newest [B, 1] -> [B, 1 + max(draft_lens)], each token and its drafts, whose keys stay in the cache."""
+        tokens = torch.nn.functional.pad(newest, (0, max(draft_lens)), value=NOTHING)
+        for step in range(max(draft_lens)):
+            rows = self.cache.extend([int(step < length) for length in draft_lens])
+            attention = Draft(
+                kernels=self.kernels,
+                cache=self.cache,
+                rows=rows,
+                selections=view.selections,
+                tail_start=view.tail_start,
+            )
+            hidden = self.model.forward(tokens[rows.requests, step], rows.positions, attention)
+            tokens[rows.requests, step + 1] = self.model.logits(hidden).argmax(dim=1)
+        return tokens
+
+    def verify(self, tokens: torch.Tensor, counts: Sequence[int], score: ScoreSpec | None) -> Verified:
+        """The first counts[b] of tokens [B, N] over the whole cache; overwrites provisional keys in their slots."""
+        with self.stopwatch.phase("verify"):
+            rows = self.cache.extend(counts)
+            attention = Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=score)
+            hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
+            logits = self.model.logits(hidden)
+            best = logits.topk(2, dim=1).values.double()
+            targets = torch.full((len(counts), rows.max_q), NOTHING, device=logits.device)
+            targets[rows.requests, rows.offsets] = logits.argmax(dim=1)
+            margins = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
+            margins[rows.requests, rows.offsets] = best[:, 0] - best[:, 1]
+        with self.stopwatch.phase("select"):
+            view = self.select(attention.scores, rows) if self.preset.drafts else None
+        return Verified(targets=targets, margins=margins, view=view)
+
+    def select(self, scores: Sequence[torch.Tensor], rows: Rows) -> DraftView:
+        """The keys the next drafts read, of all layers in one call; without scores, every layer keeps the newest."""
+        batch = len(rows.prefix_lens)
+        if not scores:
+            # Ranking keys by position is exact in float32 up to 2^24 keys.
+            scores = [torch.arange(rows.max_kv, dtype=torch.float32, device=self.model.device).repeat(batch, 1, 1)]
+        chosen = self.kernels.select_kv(
+            torch.cat(list(scores)),
+            rows.prefix_lens.repeat(len(scores)),
+            self.policy,
+            sink=self.preset.sink,
+            recent=self.preset.recent,
+        )
+        per_layer = [
+            Selection(indices, counts, chosen.block)
+            for indices, counts in zip(chosen.indices.split(batch), chosen.counts.split(batch), strict=True)
+        ]
+        repeats = self.model.config.num_layers // len(per_layer)
+        return DraftView(selections=tuple(per_layer * repeats), tail_start=rows.prefix_lens)
+
+    def _rewind(self, lengths: Sequence[int]) -> None:
+        for request, length in enumerate(lengths):
+            self.cache.rewind(request, length)
+
+    def _token_rows(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.model.device)
