@@ -33,14 +33,12 @@ def row_logits(q_row: torch.Tensor, keys: torch.Tensor, heads: HeadConfig) -> to
 def attend(
     logits: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, heads: HeadConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [Hq, N] with -inf where unseen, values [N, Hkv, Dv] -> out [Hq, Dv], lse [Hq]."""
+    """logits [Hq, N] with -inf where unseen, values [N, Hkv, Dv] -> out [Hq, Dv], lse [Hq]; (0, -inf) for no key."""
+    seen = torch.isfinite(logits).any(dim=1)  # a sink alone does not make a row see anything
     with_sink = logits if sinks is None else torch.cat([logits, sinks.double()[:, None]], dim=1)
-    if with_sink.shape[1] == 0:
-        return torch.zeros(heads.num_q_heads, heads.v_head_dim, dtype=torch.float64), torch.full(
-            (heads.num_q_heads,), -math.inf, dtype=torch.float64
-        )
-    lse = torch.logsumexp(with_sink, dim=1)
-    weights = torch.exp(logits - torch.where(lse == -math.inf, 0.0, lse)[:, None])
+    lse = torch.full((heads.num_q_heads,), -math.inf, dtype=torch.float64)
+    lse[seen] = torch.logsumexp(with_sink[seen], dim=1)
+    weights = torch.where(seen[:, None], torch.exp(logits - lse[:, None]), 0.0)
     grouped = weights.view(heads.num_kv_heads, heads.group, -1)
     out = torch.einsum("hgn,nhd->hgd", grouped, values).reshape(heads.num_q_heads, heads.v_head_dim)
     return out, lse
@@ -95,7 +93,7 @@ def verify_attention(
             logits[:, : first_visible(position, heads)] = -math.inf
             logits[:, max(0, position + 1) :] = -math.inf
             out[row], lse[row] = attend(logits, values, sinks, heads)
-            weights[row - start] = torch.exp(logits - torch.where(lse[row] == -math.inf, 0.0, lse[row])[:, None])
+            weights[row - start] = torch.where(lse[row][:, None] > -math.inf, torch.exp(logits - lse[row][:, None]), 0.0)
         if score is not None and scores is not None:
             mean = weights[scored_rows(end - start, score), :, :prefix].mean(dim=0)  # [Hq, prefix]
             scores[request, :, :prefix] = mean.view(score_rows, heads.num_q_heads // score_rows, prefix).mean(dim=1)

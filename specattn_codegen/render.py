@@ -36,7 +36,7 @@ class Source:
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(paths.templates_dir()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -44,6 +44,14 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters["c_float"] = c_float
+    return environment
+
+
+def c_float(value: float) -> str:
+    """A float32 literal of C++, exact to the last bit."""
+    digits = f"{value:.9g}"
+    return f"{digits}f" if set(digits) & set(".e") else f"{digits}.0f"
 
 
 def render(spec: KernelSpec, plan: Plan, target: str) -> Source:

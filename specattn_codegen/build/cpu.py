@@ -1,0 +1,175 @@
+"""The CPU backend: C++ through the system's compiler, called over a plain C interface with the caller's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specattn_codegen import paths
+from specattn_codegen.build.store import publish
+from specattn_codegen.digest import digest
+from specattn_codegen.errors import BuildError
+from specattn_codegen.kernel import AttentionCall, Call, SelectCall
+from specattn_codegen.plan import Plan
+from specattn_codegen.render import Source
+from specattn_codegen.spec import KernelSpec
+
+# -ffast-math is never used: in a shared object it flushes denormals for the whole process.
+FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi")
+TARGET_FLAGS = {
+    "avx512-bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "generic": (),
+}
+COMPILE_SECONDS = 120
+LIBRARY = "kernel.so"
+
+
+@functools.cache
+def compiler() -> str:
+    """The C++ compiler: $CXX, else the first of c++, g++ and clang++ on the PATH."""
+    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    for name in wanted:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(
+        f"no C++ compiler: looked for {', '.join(wanted)} on the PATH; "
+        "install one (for example `apt-get install g++`) or set CXX to its path"
+    )
+
+
+@functools.cache
+def compiler_version() -> str:
+    shown = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
+    return shown.stdout.partition("\n")[0].strip()
+
+
+def library_folder(source: Source) -> Path:
+    """Keyed by everything that changes the binary: the text, the compiler and its options."""
+    key = digest(source.text, compiler_version(), FLAGS, TARGET_FLAGS[source.target])
+    return paths.cache_dir() / "kernels" / "cpu" / key
+
+
+def compile_library(source: Source) -> Path:
+    """The shared object of a source, compiled unless the cache has it. Raises BuildError with the compiler's words."""
+
+    def write(folder: Path) -> None:
+        text = folder / f"kernel{source.suffix}"
+        text.write_text(source.text)
+        command = [compiler(), *FLAGS, *TARGET_FLAGS[source.target], str(text), "-o", str(folder / LIBRARY)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler()} took over {COMPILE_SECONDS} s on {source.spec.name}") from error
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+            raise BuildError(f"{compiler()} failed on {source.spec.name} ({source.plan}): {reason}")
+
+    return publish(library_folder(source), write) / LIBRARY
+
+
+class _AttentionArguments(ctypes.Structure):
+    """Mirrors `struct Arguments` of templates/cpu/_attention.jinja, field for field."""
+
+    _POINTERS = (
+        *("q", "k", "v", "out", "lse", "scores", "sinks", "page_table", "kv_lens", "cu_q"),
+        *("indices", "counts", "tail_start", "workspace"),
+    )
+    _STRIDES = (
+        *("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row", "out_head"),
+        *("table_row", "score_request", "score_row", "index_request", "index_row"),
+    )
+    _SIZES = ("batch", "page_size", "max_q", "max_kv", "selected_width", "threads")
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int32) for name in _SIZES),
+    )
+
+
+class _SelectArguments(ctypes.Structure):
+    """Mirrors `struct Arguments` of templates/cpu/select_kv.cpp.jinja, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "prefix_lens", "indices", "counts", "workspace")),
+        *((name, ctypes.c_int64) for name in ("score_request", "score_row", "index_request", "index_row", "count_request")),
+        *((name, ctypes.c_int64) for name in ("fixed_k", "ratio_ppm", "min_k", "max_k")),
+        *((name, ctypes.c_int32) for name in ("batch", "rows", "columns", "width", "sink", "recent", "threads")),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
+    q, k, v, out = call.q.stride(), call.k_cache.stride(), call.v_cache.stride(), call.out.stride()
+    scores = (0, 0) if call.scores is None else call.scores.stride()[:2]
+    index = (0, 0) if call.indices is None else call.indices.stride()[:2]
+    return _AttentionArguments(
+        *(_address(t) for t in (call.q, call.k_cache, call.v_cache, call.out, call.lse, call.scores, call.sinks)),
+        *(_address(t) for t in (call.page_table, call.kv_lens, call.cu_q, call.indices, call.counts, call.tail_start)),
+        None,
+        *(q[0], q[1], *k[:3], *v[:3], out[0], out[1], call.page_table.stride(0), *scores, *index),
+        *(call.batch, call.k_cache.shape[1], call.max_q, call.max_kv),
+        0 if call.indices is None else call.indices.shape[2],
+        torch.get_num_threads(),
+    )
+
+
+NO_MAXIMUM = 2**62
+
+
+def _select_arguments(call: SelectCall) -> _SelectArguments:
+    policy = call.policy
+    return _SelectArguments(
+        *(_address(t) for t in (call.scores, call.prefix_lens, call.indices, call.counts)),
+        None,
+        *call.scores.stride()[:2],
+        *call.indices.stride()[:2],
+        call.counts.stride(0),
+        *(policy.k or 0, policy.ratio_ppm, policy.min, NO_MAXIMUM if policy.max is None else policy.max),
+        *call.scores.shape,
+        *(call.indices.shape[2], call.sink, call.recent, torch.get_num_threads()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuKernel:
+    """A loaded shared object. Reads lengths from host memory and runs on torch's own OpenMP threads."""
+
+    spec: KernelSpec
+    plan: Plan
+    library: ctypes.CDLL
+
+    def workspace_bytes(self, call: Call) -> int:
+        return self.library.workspace_bytes(ctypes.byref(_arguments(call)))
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:
+        arguments = _arguments(call)
+        arguments.workspace = workspace.data_ptr()
+        self.library.run(ctypes.byref(arguments))
+
+
+def _arguments(call: Call) -> _AttentionArguments | _SelectArguments:
+    return _select_arguments(call) if isinstance(call, SelectCall) else _attention_arguments(call)
+
+
+def load(source: Source) -> CpuKernel:
+    """Builds at need and loads. The object's OpenMP symbols bind to the runtime torch has already loaded."""
+    try:
+        library = ctypes.CDLL(str(compile_library(source)))
+    except OSError as error:
+        raise BuildError(f"{library_folder(source)} does not load ({error}); delete that folder to rebuild it") from error
+    library.workspace_bytes.restype = ctypes.c_int64
+    library.run.restype = None
+    return CpuKernel(spec=source.spec, plan=source.plan, library=library)
