@@ -30,7 +30,7 @@ class Generation:
     selected_share   keys selected for drafts as a share of the prefix they were selected from, mean over rounds
     prefill_seconds  until every request's first token
     decode_seconds   from there to the end
-    phases           decode seconds by phase: draft, verify, select, other
+    phases           decode seconds by phase: draft, verify, select
     """
 
     requests: tuple[RequestResult, ...]
@@ -61,10 +61,20 @@ class Generation:
         return dict(sorted(Counter(count for request in self.requests for count in request.accepted).items()))
 
     @property
+    def drafted(self) -> int:
+        """Drafts made, over all rounds and requests."""
+        return sum(sum(request.drafted) for request in self.requests)
+
+    @property
+    def mean_drafted(self) -> float:
+        """Drafts made, a round and request."""
+        return self.drafted / max(1, sum(len(request.drafted) for request in self.requests))
+
+    @property
     def mean_accepted(self) -> float:
         """Drafts that held, a round and request."""
         counts = [count for request in self.requests for count in request.accepted]
-        return sum(counts) / len(counts) if counts else 0.0
+        return sum(counts) / max(1, len(counts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

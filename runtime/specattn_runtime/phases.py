@@ -23,8 +23,8 @@ class Prefill:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
-        by_head = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, H, N, D]
-        out = functional.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, H, N, D]
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1)
 
 

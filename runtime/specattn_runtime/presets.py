@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from dataclasses import dataclass
 
 from specattn_codegen.errors import SpecError
-from specattn_codegen.policy import TopK
 from specattn_codegen.spec import ScoreSpec
 
 
@@ -34,18 +32,6 @@ class Preset:
         for name in ("min_budget", "sink", "recent"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}={getattr(self, name)}: must be at least 0 keys")
-
-    def policy(self, budget: float) -> TopK:
-        """Keys to select for a budget given as a share of the prefix, above 0 and at most 1."""
-        if not 0.0 < budget <= 1.0:
-            raise SpecError(
-                f"budget={budget}: must be above 0 and at most 1, a share of the keys; 0.07 is a good start"
-            )
-        return TopK(ratio=budget, min=self.min_budget)
-
-    def without_drafts(self) -> Preset:
-        """The same run decoded densely: the prompt goes through the same operations, then one token a pass."""
-        return dataclasses.replace(self, name="dense", drafts=False)
 
 
 PRESETS = {

@@ -1,0 +1,47 @@
+"""DecodeSpec: how to decode, whatever the model and the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from specattn_codegen.errors import SpecError
+from specattn_codegen.policy import TopK
+from specattn_runtime.presets import Preset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSpec:
+    """preset          how drafts choose their keys, or that there are none
+    draft_len       drafts a round; without drafts it only splits the prefill as the speculative run does
+    budget          keys that drafts read, as a share of the prefix, above 0 and at most 1
+    max_new_tokens  tokens each request gets, unless it ends with a stop token before
+    page_size       keys per page of the KV cache
+    stop_tokens     tokens that end a request
+    """
+
+    preset: Preset
+    draft_len: int = 6
+    budget: float = 0.07
+    max_new_tokens: int = 256
+    page_size: int = 16
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.draft_len < 1:
+            raise SpecError(
+                f"draft_len={self.draft_len}: must be at least 1; to decode without drafts use preset dense"
+            )
+        if not 0.0 < self.budget <= 1.0:
+            raise SpecError(f"budget={self.budget}: must be above 0 and at most 1, a share of the keys; try 0.07")
+        for name in ("max_new_tokens", "page_size"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def policy(self) -> TopK:
+        return TopK(ratio=self.budget, min=self.preset.min_budget)
+
+    def without_drafts(self) -> DecodeSpec:
+        """The same run decoded densely: the prompt goes through the same operations, then one token a pass."""
+        return dataclasses.replace(self, preset=dataclasses.replace(self.preset, name="dense", drafts=False))
