@@ -54,8 +54,13 @@ def c_float(value: float) -> str:
     return f"{digits}f" if set(digits) & set(".e") else f"{digits}.0f"
 
 
+def render_text(template: str, **context: object) -> str:
+    """A template of the templates folder with its variables; a variable nobody gave is a bug and raises."""
+    return _environment().get_template(template).render(**context)
+
+
 def render(spec: KernelSpec, plan: Plan, target: str) -> Source:
     """Templates choose structure; the constants at the top of the rendered file hold the numbers."""
-    template = _environment().get_template(f"{plan.backend}/{spec.op}{SUFFIX[plan.backend]}.jinja")
-    text = template.render(spec=spec, heads=spec.heads, plan=plan.as_dict(), target=target)
+    name = f"{plan.backend}/{spec.op}{SUFFIX[plan.backend]}.jinja"
+    text = render_text(name, spec=spec, heads=spec.heads, plan=plan.as_dict(), target=target)
     return Source(spec=spec, plan=plan, target=target, text=text)

@@ -53,28 +53,36 @@ def compiler_version() -> str:
     return shown.stdout.partition("\n")[0].strip()
 
 
-def library_folder(source: Source) -> Path:
+def library_folder(text: str, target: str) -> Path:
     """Keyed by everything that changes the binary: the text, the compiler and its options."""
-    key = digest(source.text, compiler_version(), FLAGS, TARGET_FLAGS[source.target])
-    return paths.cache_dir() / "kernels" / "cpu" / key
+    return paths.cache_dir() / "kernels" / "cpu" / digest(text, compiler_version(), FLAGS, TARGET_FLAGS[target])
 
 
-def compile_library(source: Source) -> Path:
-    """The shared object of a source, compiled unless the cache has it. Raises BuildError with the compiler's words."""
+def compile_library(text: str, target: str, name: str) -> Path:
+    """The shared object of a C++ text, compiled unless the cache has it. Raises BuildError with the compiler's words."""
 
     def write(folder: Path) -> None:
-        text = folder / f"kernel{source.suffix}"
-        text.write_text(source.text)
-        command = [compiler(), *FLAGS, *TARGET_FLAGS[source.target], str(text), "-o", str(folder / LIBRARY)]
+        file = folder / "kernel.cpp"
+        file.write_text(text)
+        command = [compiler(), *FLAGS, *TARGET_FLAGS[target], str(file), "-o", str(folder / LIBRARY)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{compiler()} took over {COMPILE_SECONDS} s on {source.spec.name}") from error
+            raise BuildError(f"{compiler()} took over {COMPILE_SECONDS} s on {name}") from error
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-            raise BuildError(f"{compiler()} failed on {source.spec.name} ({source.plan}): {reason}")
+            raise BuildError(f"{compiler()} failed on {name}: {reason}")
 
-    return publish(library_folder(source), write) / LIBRARY
+    return publish(library_folder(text, target), write) / LIBRARY
+
+
+def load_library(text: str, target: str, name: str) -> ctypes.CDLL:
+    """Builds at need and loads. The object's OpenMP symbols bind to the runtime torch has already loaded."""
+    try:
+        return ctypes.CDLL(str(compile_library(text, target, name)))
+    except OSError as error:
+        folder = library_folder(text, target)
+        raise BuildError(f"{folder} does not load ({error}); delete that folder to rebuild it") from error
 
 
 class _AttentionArguments(ctypes.Structure):
@@ -165,11 +173,8 @@ def _arguments(call: Call) -> _AttentionArguments | _SelectArguments:
 
 
 def load(source: Source) -> CpuKernel:
-    """Builds at need and loads. The object's OpenMP symbols bind to the runtime torch has already loaded."""
-    try:
-        library = ctypes.CDLL(str(compile_library(source)))
-    except OSError as error:
-        raise BuildError(f"{library_folder(source)} does not load ({error}); delete that folder to rebuild it") from error
+    """The kernel of a rendered source."""
+    library = load_library(source.text, source.target, f"{source.spec.name} ({source.plan})")
     library.workspace_bytes.restype = ctypes.c_int64
     library.run.restype = None
     return CpuKernel(spec=source.spec, plan=source.plan, library=library)

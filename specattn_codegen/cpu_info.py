@@ -1,0 +1,135 @@
+"""The CPU at hand as an Arch: instruction set, cores and caches are read, its rates measured once and cached."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from specattn_codegen import paths
+from specattn_codegen.arch import Arch
+from specattn_codegen.build import cpu
+from specattn_codegen.digest import digest
+from specattn_codegen.render import render_text
+
+# What each target's compiler flags need of the processor, widest first.
+NEEDS = {
+    "avx512-bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "generic": set[str](),
+}
+DEFAULT_LAST_LEVEL_CACHE = 32 << 20  # where the kernel does not say
+REPEATS = 5
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def instruction_set() -> str:
+    """The widest target this processor runs."""
+    flags = set(_cpuinfo().get("flags", "").split())
+    return next(target for target, needed in NEEDS.items() if needed <= flags)
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_bytes(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core."""
+    sizes = [
+        _cache_bytes(file.read_text().strip()) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=DEFAULT_LAST_LEVEL_CACHE)
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
+    """bandwidth_gbs: best of several read patterns over four times the last-level cache (at most a quarter of the
+    memory); fp32_tflops: the multiply-add rate. All threads; best of several repeats, since these are ceilings."""
+    library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=target), target, "the machine probe")
+    library.read_seconds.restype = library.multiply_add_seconds.restype = ctypes.c_double
+    count = min(4 * cache_bytes, memory_bytes() // 4) // 4
+    data, sink = torch.ones(count), torch.empty(threads)
+    pointer, sink_pointer = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(sink.data_ptr())
+    read = min(
+        library.read_seconds(pointer, ctypes.c_int64(count), threads, pattern, sink_pointer)
+        for _ in range(REPEATS)
+        for pattern in range(library.patterns())
+    )
+    steps = 2_000_000
+    compute = min(library.multiply_add_seconds(ctypes.c_int64(steps), threads, sink_pointer) for _ in range(REPEATS))
+    return {
+        "bandwidth_gbs": round(4 * count / read / 1e9, 2),
+        "fp32_tflops": round(library.flops_per_step() * steps * threads / compute / 1e12, 4),
+    }
+
+
+def _cached_rates(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
+    model = _cpuinfo().get("model name", platform.processor())
+    file = paths.cache_dir() / "machine" / f"{digest(model, target, threads, cache_bytes)}.json"
+    try:
+        rates = json.loads(file.read_text())
+        if all(math.isfinite(rates[name]) and rates[name] > 0 for name in ("bandwidth_gbs", "fp32_tflops")):
+            return rates
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent or damaged: measure again
+    rates = measure_rates(target, threads, cache_bytes)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(rates))
+        scratch.replace(file)
+    except OSError:
+        pass  # a read-only cache costs a second per process, nothing else
+    return rates
+
+
+@functools.cache
+def detect(*, measure: bool = True) -> Arch:
+    """This machine's CPU. `measure=False` leaves the rates at 0, for callers that only need to build and run."""
+    target, cores, cache = instruction_set(), core_count(), last_level_cache()
+    rates = _cached_rates(target, cores, cache) if measure else {"bandwidth_gbs": 0.0, "fp32_tflops": 0.0}
+    return Arch(
+        name="cpu",
+        vendor="cpu",
+        compute_capability=0,
+        target=target,
+        num_sms=cores,
+        smem_per_block=0,
+        smem_per_sm=0,
+        registers_per_sm=0,
+        max_threads_per_sm=1,
+        warp_size=1,
+        l2_bytes=cache,
+        memory_bytes=memory_bytes(),
+        bandwidth_gbs=rates["bandwidth_gbs"],
+        bf16_tflops=rates["fp32_tflops"],
+        fp32_tflops=rates["fp32_tflops"],
+        clock_ghz=float(_cpuinfo().get("cpu MHz", 0.0)) / 1e3,
+        source=f"this machine: {_cpuinfo().get('model name', platform.machine())}",
+    )
