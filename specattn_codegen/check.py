@@ -40,7 +40,9 @@ class Tolerance:
     scores_floor: float
 
 
-def tolerance(spec: KernelSpec, problem: AttentionProblem, expected_out: torch.Tensor, expected_lse: torch.Tensor) -> Tolerance:
+def tolerance(
+    spec: KernelSpec, problem: AttentionProblem, expected_out: torch.Tensor, expected_lse: torch.Tensor
+) -> Tolerance:
     """Half-precision kernels may round the softmax weights to the cache's dtype before the product with V."""
     unit, unit_dtype = HALF_ULP["float32"], HALF_ULP[spec.dtype]
     if problem.q.numel() == 0:
@@ -105,9 +107,7 @@ def check_attention(
             raise TypeError("the spec asks for scores and the kernel gave none")
         written = ~expected_scores.isnan()
         want = expected_scores[written]
-        errors["scores"] = _excess(
-            scores.cpu()[written], want, want * allowed.scores_relative + allowed.scores_floor
-        )
+        errors["scores"] = _excess(scores.cpu()[written], want, want * allowed.scores_relative + allowed.scores_floor)
     return _verdict(errors)
 
 

@@ -59,7 +59,8 @@ def _cache_bytes(text: str) -> int:
 def last_level_cache() -> int:
     """Bytes of the largest cache of the first core."""
     sizes = [
-        _cache_bytes(file.read_text().strip()) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        _cache_bytes(file.read_text().strip())
+        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     ]
     return max(sizes, default=DEFAULT_LAST_LEVEL_CACHE)
 

@@ -85,7 +85,9 @@ class HeadConfig:
         if self.num_q_heads % tp:
             raise SpecError(f"tp={tp}: must divide the {self.num_q_heads} query heads; {self._tp_choices()}")
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            raise SpecError(f"tp={tp}: must divide the {self.num_kv_heads} KV heads or be a multiple of them; {self._tp_choices()}")
+            raise SpecError(
+                f"tp={tp}: must divide the {self.num_kv_heads} KV heads or be a multiple of them; {self._tp_choices()}"
+            )
         return dataclasses.replace(
             self, num_q_heads=self.num_q_heads // tp, num_kv_heads=max(1, self.num_kv_heads // tp)
         )

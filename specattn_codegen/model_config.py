@@ -72,7 +72,7 @@ _FULL_EVERY = {
 _PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
 
 # The largest values any model has come near; beyond them a configuration is taken for damaged.
-_MOST = dict.fromkeys((*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM, *_LAYERS, "v_head_dim", "kv_n_heads"), 4096)
+_MOST: dict[str, int] = dict.fromkeys((*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM, *_LAYERS, "v_head_dim", "kv_n_heads"), 4096)
 _MOST_OTHER = 2**31
 
 

@@ -93,7 +93,9 @@ def verify_attention(
             logits[:, : first_visible(position, heads)] = -math.inf
             logits[:, max(0, position + 1) :] = -math.inf
             out[row], lse[row] = attend(logits, values, sinks, heads)
-            weights[row - start] = torch.where(lse[row][:, None] > -math.inf, torch.exp(logits - lse[row][:, None]), 0.0)
+            weights[row - start] = torch.where(
+                lse[row][:, None] > -math.inf, torch.exp(logits - lse[row][:, None]), 0.0
+            )
         if score is not None and scores is not None:
             mean = weights[scored_rows(end - start, score), :, :prefix].mean(dim=0)  # [Hq, prefix]
             scores[request, :, :prefix] = mean.view(score_rows, heads.num_q_heads // score_rows, prefix).mean(dim=1)
@@ -116,7 +118,9 @@ def select_kv(
         budget = policy.budget(prefix)
         for row in scores[request].tolist():
             forced = {j for j in range(max(prefix, 0)) if j < sink or j >= prefix - recent}
-            others = sorted(set(range(max(prefix, 0))) - forced, key=lambda j: (*map(_descending, order_key(row[j])), j))
+            others = sorted(
+                set(range(max(prefix, 0))) - forced, key=lambda j: (*map(_descending, order_key(row[j])), j)
+            )
             chosen.append(sorted(forced | set(others[: max(0, budget - len(forced))])))
     width = max((len(keys) for keys in chosen), default=0)
     indices = torch.tensor([keys + [-1] * (width - len(keys)) for keys in chosen], dtype=torch.int32)

@@ -22,7 +22,17 @@ from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
 # -ffast-math is never used: in a shared object it flushes denormals for the whole process.
-FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-psabi",
+)
 TARGET_FLAGS = {
     "avx512-bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
@@ -109,7 +119,10 @@ class _SelectArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("scores", "prefix_lens", "indices", "counts", "workspace")),
-        *((name, ctypes.c_int64) for name in ("score_request", "score_row", "index_request", "index_row", "count_request")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("score_request", "score_row", "index_request", "index_row", "count_request")
+        ),
         *((name, ctypes.c_int64) for name in ("fixed_k", "ratio_ppm", "min_k", "max_k")),
         *((name, ctypes.c_int32) for name in ("batch", "rows", "columns", "width", "sink", "recent", "threads")),
     )

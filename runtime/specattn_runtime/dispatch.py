@@ -1,0 +1,261 @@
+"""From a pack to a kernel: which plan serves a call, built at first use. Never tunes; says once which rung it took."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from specattn_codegen import build, cpu_info, gpu_detect, paths, space
+from specattn_codegen.arch import Arch
+from specattn_codegen.buckets import bucket
+from specattn_codegen.calls import AttentionInputs, attention_call, select_call
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.kernel import Call, Kernel
+from specattn_codegen.pack import lookup
+from specattn_codegen.plan import Plan
+from specattn_codegen.policy import Policy
+from specattn_codegen.render import render
+from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
+from specattn_codegen.spec import Dtype, KernelSpec, Op, ScoreHeads, ScoreSpec, Workload
+
+logger = logging.getLogger("specattn")
+
+DTYPE_NAMES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+BATCH_INVARIANT_WORKLOAD = Workload(batch=1, q_len=1, kv_len=4096, budget=256)
+
+
+class Kernels:
+    """The operations of one HeadConfig on one device. Not for use by two threads at once: they share scratch memory.
+
+    `rungs` tells, for every kernel in use, how its plan was found: exact, nearest or default.
+    """
+
+    def __init__(
+        self,
+        heads: HeadConfig,
+        arch: Arch,
+        device: torch.device,
+        dtype: Dtype,
+        page_size: int,
+        *,
+        strict: bool,
+        batch_invariant: bool,
+    ) -> None:
+        self.heads = heads
+        self.arch = arch
+        self.device = device
+        self.dtype = dtype
+        self.page_size = page_size
+        self.rungs: dict[tuple[KernelSpec, Workload], str] = {}
+        self._strict = strict
+        self._batch_invariant = batch_invariant
+        self._kernels: dict[tuple[KernelSpec, Workload], Kernel] = {}
+        self._specs: dict[tuple[Op, ScoreSpec | None, ScoreHeads | None], KernelSpec] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._warned = False
+
+    def verify_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        cu_q: torch.Tensor,
+        *,
+        max_q: int,
+        max_kv: int | None = None,
+        score: ScoreSpec | None = None,
+        sinks: torch.Tensor | None = None,
+        out: VerifyOutput | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> VerifyOutput:
+        """Causal attention of each request's rows over its whole cache, with the scores of its prefix keys.
+
+        q [total_q, Hq, D]; k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv] (any strides, unit
+        last); page_table [B, max_pages], kv_lens [B], cu_q [B + 1] int32. Row i of request b sits at position
+        `kv_lens[b] - q_len[b] + i` and sees the keys up to itself, its own included. max_q and max_kv bound rows and
+        keys per request. Scores: see ScoreSpec; columns at and past a request's prefix are left unwritten.
+        Raises SpecError for inputs that break these rules.
+        """
+        spec = self._spec("verify_attention", score, None)
+        inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
+        call = attention_call(spec, self.page_size, inputs, max_q=max_q, max_kv=max_kv, sinks=sinks, out=out)
+        kernel = self._kernel(spec, call.batch, max_q, call.max_kv, 0)
+        kernel.launch(call, self._workspace(kernel, call, workspace))
+        return VerifyOutput(call.out, call.lse, call.scores)
+
+    def select_kv(
+        self,
+        scores: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        policy: Policy,
+        *,
+        sink: int = 0,
+        recent: int = 0,
+        out: Selection | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> Selection:
+        """Scores [B, S, N] float32 and prefix_lens [B] int32 -> the keys to keep, exactly and in ascending order.
+
+        The first `sink` and the last `recent` prefix keys are always kept and count inside the budget.
+        """
+        call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, out=out)
+        heads: ScoreHeads = "kv_head" if scores.shape[1] == self.heads.num_kv_heads else "layer"
+        spec = self._spec("select_kv", None, heads)
+        kernel = self._kernel(spec, scores.shape[0], 1, max(1, scores.shape[2]), call.indices.shape[2])
+        kernel.launch(call, self._workspace(kernel, call, workspace))
+        return Selection(call.indices, call.counts)
+
+    def sparse_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        cu_q: torch.Tensor,
+        selection: Selection,
+        tail_start: torch.Tensor,
+        *,
+        max_q: int,
+        max_kv: int | None = None,
+        sinks: torch.Tensor | None = None,
+        out: SparseOutput | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> SparseOutput:
+        """A row at position p sees {selected j < tail_start} and {tail_start <= j <= p}.
+
+        selection as select_kv gives it, one row per KV head or one for the layer; tail_start [B] int32. The other
+        arguments are those of verify_attention; with everything selected the results equal its results.
+        """
+        layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
+        spec = self._spec("sparse_attention", None, "layer" if layer else "kv_head")
+        inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
+        call = attention_call(
+            spec,
+            self.page_size,
+            inputs,
+            max_q=max_q,
+            max_kv=max_kv,
+            sinks=sinks,
+            out=out,
+            selection=selection,
+            tail_start=tail_start,
+        )
+        kernel = self._kernel(spec, call.batch, max_q, call.max_kv, selection.indices.shape[2])
+        kernel.launch(call, self._workspace(kernel, call, workspace))
+        return SparseOutput(call.out, call.lse)
+
+    def prepare(
+        self, *scores: ScoreSpec, max_q: int = 8, max_kv: int = 32768, batch: int = 1, budget: int = 2048
+    ) -> None:
+        """Builds the kernels of a decode loop ahead of its first call: verification without scores and with each of
+        `scores`, selection and sparse attention for the same heads."""
+        self._kernel(self._spec("verify_attention", None, None), batch, max_q, max_kv, 0)
+        for score in scores:
+            self._kernel(self._spec("verify_attention", score, None), batch, max_q, max_kv, 0)
+            self._kernel(self._spec("select_kv", None, score.heads), batch, 1, max_kv, budget)
+            self._kernel(self._spec("sparse_attention", None, score.heads), batch, 1, max_kv, budget)
+
+    def _spec(self, op: Op, score: ScoreSpec | None, selection: ScoreHeads | None) -> KernelSpec:
+        key = (op, score, selection)
+        if key not in self._specs:
+            self._specs[key] = KernelSpec(
+                op=op,
+                heads=self.heads,
+                dtype="float32" if op == "select_kv" else self.dtype,
+                page_size=self.page_size if self.arch.is_gpu and op != "select_kv" else 0,
+                score=score,
+                selection=selection,
+            )
+        return self._specs[key]
+
+    def _kernel(self, spec: KernelSpec, batch: int, q_len: int, kv_len: int, budget: int) -> Kernel:
+        """The kernel of a call's size bucket; the same one for every size where results must not depend on the batch."""
+        workload = BATCH_INVARIANT_WORKLOAD
+        if not self._batch_invariant:
+            rows = bucket(q_len)
+            workload = Workload(
+                batch=bucket(batch), q_len=rows, kv_len=max(rows, bucket(kv_len)), budget=budget and bucket(budget)
+            )
+        key = (spec, workload)
+        if key not in self._kernels:
+            self._kernels[key] = self._build(spec, workload)
+        return self._kernels[key]
+
+    def _build(self, spec: KernelSpec, workload: Workload) -> Kernel:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise SpecError(f"{spec.name} is not built yet and a CUDA graph is being captured; call prepare() first")
+        plan, rung = self._plan(spec, workload)
+        logger.info("%s %s: %s plan (%s)", spec.name, workload.name, rung, plan)
+        self.rungs[spec, workload] = rung
+        return build.load(render(spec, plan, build.target_for(plan, self.arch)))
+
+    def _plan(self, spec: KernelSpec, workload: Workload) -> tuple[Plan, str]:
+        found = lookup(spec, workload, self.arch, paths.pack_layers())
+        if found is not None:
+            return found.plan, found.rung
+        tune = f"specattn-tune --heads {self._heads_argument()} --gpu {self.arch.name} --dtype {self.dtype}"
+        message = f"no tuned entry for {spec.name} on {self.arch.name} ({self.heads.name}); to make one: {tune}"
+        if self._strict:
+            raise SpecError(message)
+        if not self._warned:
+            logger.warning("%s. Using the safe default plan.", message)
+            self._warned = True
+        return space.default_plan(spec, self.arch, space.backends_for(self.arch)[0]), "default"
+
+    def _heads_argument(self) -> str:
+        heads = self.heads
+        value_dim = f",{heads.v_head_dim}" if heads.v_head_dim != heads.head_dim else ""
+        return f"{heads.num_q_heads},{heads.num_kv_heads},{heads.head_dim}{value_dim}"
+
+    def _workspace(self, kernel: Kernel, call: Call, given: torch.Tensor | None) -> torch.Tensor:
+        needed = kernel.workspace_bytes(call)
+        if given is not None:
+            if given.dtype != torch.uint8 or given.numel() < needed or not given.is_contiguous():
+                raise SpecError(
+                    f"workspace of {given.numel()} {given.dtype}: needs {needed} contiguous torch.uint8 bytes"
+                )
+            return given
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        return self._scratch
+
+
+def load_kernels(
+    heads: HeadConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    page_size: int = 16,
+    strict: bool = False,
+    batch_invariant: bool = False,
+) -> Kernels:
+    """Kernels for one HeadConfig, from tuned packs where there are any, else on the safe default plan with a warning.
+
+    device           "cpu" or a CUDA device
+    dtype            of q and the KV cache: torch.float32, torch.float16 or torch.bfloat16
+    page_size        keys per page of the cache
+    strict           a missing pack entry raises SpecError instead of falling back to the default plan
+    batch_invariant  a row's result does not depend on what else is in the batch (CPU)
+
+    Never tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise SpecError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPE_NAMES))}")
+    if page_size < 1:
+        raise SpecError(f"page_size={page_size}: must be at least 1 key")
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError(f"device={device!s}: must be cpu or cuda")
+    if batch_invariant and place.type != "cpu":
+        raise SpecError("batch_invariant=True: served on the CPU only so far; GPU split counts follow the batch")
+    arch = cpu_info.detect(measure=False) if place.type == "cpu" else gpu_detect.local()
+    return Kernels(heads, arch, place, DTYPE_NAMES[dtype], page_size, strict=strict, batch_invariant=batch_invariant)

@@ -1,0 +1,226 @@
+"""From a user's tensors to a checked call: every shape, dtype, device and stride rule of the shared contract, once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.kernel import AttentionCall, SelectCall
+from specattn_codegen.policy import Policy, selection_width
+from specattn_codegen.problems import TORCH_DTYPES, AttentionProblem
+from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
+from specattn_codegen.spec import KernelSpec
+
+Shape = tuple[int | None, ...]
+
+
+def _require(tensor: torch.Tensor, name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join("any" if size is None else str(size) for size in shape)
+        raise SpecError(f"{name} has shape {tuple(tensor.shape)}: must be [{want}]")
+    if tensor.dtype != dtype:
+        raise SpecError(f"{name} is {tensor.dtype}: must be {dtype}; convert it with .to({dtype})")
+    if tensor.device != device:
+        raise SpecError(f"{name} is on {tensor.device}: must be on {device} like q; move it with .to({str(device)!r})")
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise SpecError(f"{name} has last stride {tensor.stride(-1)}: must be 1; call .contiguous()")
+
+
+def _check_host_lengths(call: AttentionCall) -> None:
+    """Lengths in host memory cost nothing to read, and a wrong one would make a CPU kernel run past a buffer."""
+    starts, lengths = call.cu_q.tolist(), call.kv_lens.tolist()
+    rows = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    if starts[0] != 0 or min(rows, default=0) < 0 or starts[-1] != call.q.shape[0]:
+        raise SpecError(f"cu_q={starts}: must start at 0, never fall and end at q's {call.q.shape[0]} rows")
+    if max(rows, default=0) > call.max_q:
+        raise SpecError(f"max_q={call.max_q}: a request has {max(rows)} rows; pass max_q={max(rows)} or more")
+    if max(lengths, default=0) > call.max_kv:
+        raise SpecError(f"max_kv={call.max_kv}: a request has {max(lengths)} keys; pass a max_kv of at least that")
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors every attention call starts with.
+
+    q [total_q, Hq, D]; k_cache [num_pages, page_size, Hkv, D] and v_cache [num_pages, page_size, Hkv, Dv] with any
+    strides but a unit last one; page_table [B, max_pages], kv_lens [B] and cu_q [B + 1], all int32.
+    """
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    cu_q: torch.Tensor
+
+
+def attention_call(
+    spec: KernelSpec,
+    page_size: int,
+    inputs: AttentionInputs,
+    *,
+    max_q: int,
+    max_kv: int | None = None,
+    sinks: torch.Tensor | None = None,
+    out: VerifyOutput | SparseOutput | None = None,
+    selection: Selection | None = None,
+    tail_start: torch.Tensor | None = None,
+) -> AttentionCall:
+    """Checks a call against its spec and allocates the outputs that `out` does not give. Raises SpecError."""
+    _check_inputs(spec, page_size, inputs, sinks)
+    q, batch = inputs.q, inputs.kv_lens.shape[0]
+    capacity = inputs.page_table.shape[1] * page_size
+    max_kv = capacity if max_kv is None else max_kv
+    if max_q < 1 or not 0 <= max_kv <= capacity:
+        raise SpecError(
+            f"max_q={max_q}, max_kv={max_kv}: needs max_q >= 1 and 0 <= max_kv <= {capacity}, "
+            "the keys the page table holds"
+        )
+    if selection is not None:
+        _check_selection(spec.heads, selection, tail_start, batch, q.device)
+    score_shape = (batch, spec.selection_heads, max_kv) if spec.score else None
+    if out is None:
+        out = _allocate_outputs(spec.heads, q, score_shape)
+    else:
+        _check_outputs(spec.heads, q, score_shape, out)
+    call = AttentionCall(
+        **inputs._asdict(),
+        max_q=max_q,
+        max_kv=max_kv,
+        sinks=sinks,
+        out=out.out,
+        lse=out.lse,
+        scores=out.scores if isinstance(out, VerifyOutput) else None,
+        indices=selection.indices if selection else None,
+        counts=selection.counts if selection else None,
+        tail_start=tail_start,
+    )
+    if q.device.type == "cpu":
+        _check_host_lengths(call)
+    return call
+
+
+def _check_inputs(spec: KernelSpec, page_size: int, inputs: AttentionInputs, sinks: torch.Tensor | None) -> None:
+    heads, dtype, device = spec.heads, TORCH_DTYPES[spec.dtype], inputs.q.device
+    batch = inputs.kv_lens.shape[0] if inputs.kv_lens.dim() else 0
+    _require(inputs.q, "q", (None, heads.num_q_heads, heads.head_dim), dtype, device)
+    _require(inputs.k_cache, "k_cache", (None, page_size, heads.num_kv_heads, heads.head_dim), dtype, device)
+    pages = inputs.k_cache.shape[0]
+    _require(inputs.v_cache, "v_cache", (pages, page_size, heads.num_kv_heads, heads.v_head_dim), dtype, device)
+    _require(inputs.kv_lens, "kv_lens", (None,), torch.int32, device)
+    _require(inputs.page_table, "page_table", (batch, None), torch.int32, device)
+    _require(inputs.cu_q, "cu_q", (batch + 1,), torch.int32, device)
+    if heads.sinks != (sinks is not None):
+        fix = "pass sinks" if heads.sinks else "leave sinks out"
+        raise SpecError(f"sinks: this HeadConfig has sinks={heads.sinks}; {fix}")
+    if sinks is not None:
+        _require(sinks, "sinks", (heads.num_q_heads,), torch.float32, device)
+
+
+def _check_selection(
+    heads: HeadConfig, selection: Selection, tail_start: torch.Tensor | None, batch: int, device: torch.device
+) -> None:
+    rows = selection.indices.shape[1] if selection.indices.dim() == 3 else None
+    _require(selection.indices, "selection.indices", (batch, None, None), torch.int32, device)
+    _require(selection.counts, "selection.counts", (batch, rows), torch.int32, device)
+    if rows not in (1, heads.num_kv_heads):
+        raise SpecError(
+            f"selection.indices has {rows} rows per request: must be 1 (one selection for the layer) "
+            f"or {heads.num_kv_heads} (one per KV head)"
+        )
+    if not selection.counts.is_contiguous():
+        raise SpecError(f"selection.counts has strides {selection.counts.stride()}: must be contiguous")
+    if selection.block != 1:
+        raise SpecError(f"selection.block={selection.block}: this kernel takes single keys; select with block=1")
+    if tail_start is None:
+        raise SpecError("tail_start: a selection needs the position at which the dense tail begins")
+    _require(tail_start, "tail_start", (batch,), torch.int32, device)
+
+
+def _allocate_outputs(heads: HeadConfig, q: torch.Tensor, score_shape: tuple[int, int, int] | None) -> VerifyOutput:
+    return VerifyOutput(
+        q.new_empty(q.shape[0], heads.num_q_heads, heads.v_head_dim),
+        q.new_empty(q.shape[0], heads.num_q_heads, dtype=torch.float32),
+        q.new_empty(score_shape, dtype=torch.float32) if score_shape else None,
+    )
+
+
+def _check_outputs(
+    heads: HeadConfig, q: torch.Tensor, score_shape: tuple[int, int, int] | None, out: VerifyOutput | SparseOutput
+) -> None:
+    _require(out.out, "out.out", (q.shape[0], heads.num_q_heads, heads.v_head_dim), q.dtype, q.device)
+    _require(out.lse, "out.lse", (q.shape[0], heads.num_q_heads), torch.float32, q.device)
+    if not out.lse.is_contiguous():
+        raise SpecError(f"out.lse has strides {out.lse.stride()}: must be contiguous")
+    if score_shape:
+        if not isinstance(out, VerifyOutput) or out.scores is None:
+            raise SpecError("out.scores is None: this call asks for scores; give a tensor for them or leave out= out")
+        _require(out.scores, "out.scores", score_shape, torch.float32, q.device)
+
+
+def select_call(
+    scores: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    policy: Policy,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    out: Selection | None = None,
+) -> SelectCall:
+    """Checks a select_kv call and allocates what `out` does not give. Raises SpecError."""
+    _require(scores, "scores", (None, None, None), torch.float32, scores.device)
+    _require(prefix_lens, "prefix_lens", (scores.shape[0],), torch.int32, scores.device)
+    if sink < 0 or recent < 0:
+        raise SpecError(f"sink={sink}, recent={recent}: must be at least 0 keys")
+    batch, rows, columns = scores.shape
+    width = selection_width(policy, columns, sink, recent)
+    if out is None:
+        out = Selection(
+            torch.empty(batch, rows, width, dtype=torch.int32, device=scores.device),
+            torch.empty(batch, rows, dtype=torch.int32, device=scores.device),
+        )
+    _require(out.indices, "out.indices", (batch, rows, None), torch.int32, scores.device)
+    _require(out.counts, "out.counts", (batch, rows), torch.int32, scores.device)
+    if out.indices.shape[2] < width:
+        raise SpecError(
+            f"out.indices has {out.indices.shape[2]} columns: this policy may select {width} of {columns} keys"
+        )
+    return SelectCall(
+        scores=scores,
+        prefix_lens=prefix_lens,
+        policy=policy,
+        sink=sink,
+        recent=recent,
+        indices=out.indices,
+        counts=out.counts,
+    )
+
+
+def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
+    """The call of a generated problem; its outputs start as NaN, so that an element nobody writes is seen."""
+    p, heads = problem, spec.heads
+    total_q, batch = p.q.shape[0], p.kv_lens.shape[0]
+    nan = float("nan")
+    scores = p.q.new_full((batch, spec.selection_heads, p.max_kv), nan, dtype=torch.float32) if spec.score else None
+    return AttentionCall(
+        q=p.q,
+        k_cache=p.k_cache,
+        v_cache=p.v_cache,
+        page_table=p.page_table,
+        kv_lens=p.kv_lens,
+        cu_q=p.cu_q,
+        max_q=p.max_q,
+        max_kv=p.max_kv,
+        sinks=p.sinks,
+        out=p.q.new_full((total_q, heads.num_q_heads, heads.v_head_dim), nan),
+        lse=p.q.new_full((total_q, heads.num_q_heads), nan, dtype=torch.float32),
+        scores=scores,
+        indices=p.indices,
+        counts=p.counts,
+        tail_start=p.tail_start if p.indices is not None else None,
+    )
