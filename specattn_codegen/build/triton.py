@@ -1,0 +1,127 @@
+"""Triton: imports a rendered file and adapts its `launch` to a Kernel. Compiling for an absent GPU is cross_compile's."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+
+from specattn_codegen import paths
+from specattn_codegen.build.store import publish
+from specattn_codegen.errors import BuildError
+from specattn_codegen.kernel import AttentionCall, Call, SelectCall
+from specattn_codegen.plan import Plan
+from specattn_codegen.render import Source
+from specattn_codegen.spec import KernelSpec
+
+INTERPRETER_SMS = 4  # what the interpreter stands for: enough that small problems are split
+
+
+def is_interpreted() -> bool:
+    """Whether functions imported from now on run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return triton.knobs.runtime.interpret
+
+
+def import_source(source: Source) -> ModuleType:
+    """The rendered file as a module. It must be a real file, as Triton reads its functions' text. Raises BuildError."""
+    name = f"specattn_triton_{source.digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    file_name = f"{source.spec.op}{source.suffix}"
+
+    def write(folder: Path) -> None:
+        (folder / file_name).write_text(source.text)
+
+    folder = publish(paths.cache_dir() / "kernels" / "triton" / source.digest, write)
+    import_spec = importlib.util.spec_from_file_location(name, folder / file_name)
+    if import_spec is None or import_spec.loader is None:
+        raise BuildError(f"cannot import {folder / file_name}")
+    module = importlib.util.module_from_spec(import_spec)
+    import_spec.loader.exec_module(module)
+    return sys.modules.setdefault(name, module)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the device that the grid of splits is made for."""
+    if device.type == "cpu":
+        return INTERPRETER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernel:
+    """verify_attention or sparse_attention; `arguments` are the fields of a call that its launch takes."""
+
+    spec: KernelSpec
+    plan: Plan
+    module: ModuleType
+    arguments: tuple[str, ...]
+
+    def workspace_bytes(self, call: Call) -> int:
+        if not isinstance(call, AttentionCall):
+            raise TypeError(f"{self.spec.op} takes an AttentionCall")
+        return self.module.workspace_bytes(
+            total_q=call.q.shape[0],
+            batch=call.batch,
+            max_q=call.max_q,
+            max_kv=call.max_kv,
+            num_sms=num_sms(call.q.device),
+        )
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:
+        if not isinstance(call, AttentionCall):
+            raise TypeError(f"{self.spec.op} takes an AttentionCall")
+        arguments = {name: getattr(call, name) for name in self.arguments}
+        self.module.launch(**arguments, workspace=workspace, num_sms=num_sms(call.q.device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectKernel:
+    """select_kv; needs no workspace."""
+
+    spec: KernelSpec
+    plan: Plan
+    module: ModuleType
+
+    def workspace_bytes(self, call: Call) -> int:  # noqa: ARG002 - part of the Kernel protocol
+        return 0
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:  # noqa: ARG002 - part of the Kernel protocol
+        if not isinstance(call, SelectCall):
+            raise TypeError("select_kv takes a SelectCall")
+        self.module.launch(
+            scores=call.scores,
+            prefix_lens=call.prefix_lens,
+            indices=call.indices,
+            counts=call.counts,
+            k=call.policy.k or 0,
+            ratio_ppm=call.policy.ratio_ppm,
+            min_keys=call.policy.min,
+            max_keys=2**31 - 1 if call.policy.max is None else call.policy.max,
+            sink=call.sink,
+            recent=call.recent,
+        )
+
+
+def load(source: Source) -> AttentionKernel | SelectKernel:
+    """A kernel for the GPU at hand, or for Triton's interpreter. Raises BuildError where there is neither."""
+    if not torch.cuda.is_available() and not is_interpreted():
+        raise BuildError(
+            "Triton kernels need an NVIDIA or AMD GPU and this process sees none; use --backend cpu, "
+            "or set TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
+        )
+    module = import_source(source)
+    if source.spec.op == "select_kv":
+        return SelectKernel(spec=source.spec, plan=source.plan, module=module)
+    arguments = tuple(
+        name for name in inspect.signature(module.launch).parameters if name not in {"workspace", "num_sms"}
+    )
+    return AttentionKernel(spec=source.spec, plan=source.plan, module=module, arguments=arguments)
