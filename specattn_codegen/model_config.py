@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specattn_codegen.errors import SpecError
+from specattn_codegen.model_defaults import DEFAULTS, FULL_EVERY
 from specattn_codegen.model_heads import HeadFields, ModelHeads
 from specattn_codegen.model_refusals import SERVABLE_LAYERS, why_unservable
 
@@ -25,50 +26,6 @@ _HEAD_DIM = ("head_dim", "kv_channels")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
-# What transformers assumes where published configurations leave a key out. Keys are model_type without `_text`.
-DEFAULTS: dict[str, dict[str, object]] = {
-    "afmoe": {"head_dim": 128, "sliding_window": 1024, "global_attn_every_n_layers": 4},
-    "cohere2": {"sliding_window": 4096},
-    "exaone4": {"sliding_window": 4096},
-    "gemma": {"head_dim": 256},
-    "gemma2": {
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "sliding_window": 4096,
-    },
-    "gemma3": {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-    },
-    "gemma3n": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 512},
-    "gpt_oss": {"head_dim": 64, "sliding_window": 128},
-    "granite": {"attention_multiplier": 1.0},
-    "granitemoe": {"attention_multiplier": 1.0},
-    "ministral": {"sliding_window": 4096},
-    "mistral": {"sliding_window": 4096},
-    "olmo3": {"sliding_window": 4096},
-    "qwen2": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen2_moe": {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3_moe": {"use_sliding_window": False, "sliding_window": 4096},
-}
-
-# Every n-th layer is full attention and the others slide, unless layer_types or a pattern says otherwise.
-_FULL_EVERY = {
-    "afmoe": 4,
-    "cohere2": 4,
-    "exaone4": 4,
-    "gemma2": 2,
-    "gemma3": 6,
-    "gemma3n": 5,
-    "gemma4": 6,
-    "gpt_oss": 2,
-    "olmo3": 4,
-}
 _PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
 
 # The largest values any model has come near; beyond them a configuration is taken for damaged.
@@ -192,8 +149,8 @@ def _slides(config: _Config, index: int) -> bool:
         return False
     if not config.flag("use_sliding_window", default=True):
         return False
-    if config.model_type in _FULL_EVERY:
-        return bool((index + 1) % (config.whole(*_PATTERN_KEYS) or _FULL_EVERY[config.model_type]))
+    if config.model_type in FULL_EVERY:
+        return bool((index + 1) % (config.whole(*_PATTERN_KEYS) or FULL_EVERY[config.model_type]))
     if config.model_type in ("qwen2", "qwen3"):
         return index >= (config.whole("max_window_layers") or 0)
     if config.model_type == "qwen2_moe":
