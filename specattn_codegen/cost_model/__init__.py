@@ -1,0 +1,63 @@
+"""Cost model: predicts a Triton plan's time on a GPU that is not here, from its binary. It ranks; it proves no speed."""
+
+from __future__ import annotations
+
+from specattn_codegen.arch import Arch
+from specattn_codegen.build.resources import Resources
+from specattn_codegen.cost_model.attention import attention_terms
+from specattn_codegen.cost_model.floor import floor_us
+from specattn_codegen.cost_model.hardware import LAUNCH_US
+from specattn_codegen.cost_model.occupancy import why_unfit
+from specattn_codegen.cost_model.prediction import Prediction, Term
+from specattn_codegen.cost_model.selection import selection_term
+from specattn_codegen.errors import SpecError
+from specattn_codegen.plan import Plan
+from specattn_codegen.space import triton
+from specattn_codegen.spec import KernelSpec, Workload
+
+__all__ = ["Prediction", "Term", "floor_us", "guess_resources", "predict", "why_unfit"]
+
+GUESSED_OVERHEAD = 48  # registers a thread for addresses and loop state
+
+
+def predict(
+    spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
+) -> Prediction:
+    """Predicted time of one call, one term per launch and one for the launches themselves."""
+    if plan.backend != "triton" or not arch.is_gpu:
+        raise SpecError(f"the cost model knows Triton on GPUs, not {plan.backend} on {arch.name}; measure it instead")
+    if spec.op == "select_kv":
+        kernels = (selection_term(spec, workload, plan, arch, resources[0]),)
+    else:
+        kernels = attention_terms(spec, workload, plan, arch, resources)
+    launches = Term(name="launches", microseconds=LAUNCH_US * len(kernels), limit="launch")
+    latency = sum(term.microseconds for term in (*kernels, launches))
+    return Prediction(
+        latency_us=latency,
+        terms=(*kernels, launches),
+        share_of_ceiling=min(1.0, floor_us(spec, workload, arch) / latency),
+    )
+
+
+def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources, ...]:
+    """What the binary may take, before there is one: decides which plans are worth compiling first, nothing else."""
+    if spec.op == "select_kv":
+        return (_guess("select_rows", registers=64, smem_bytes=4 * 2 ** plan.integer("radix_bits"), plan=plan),)
+    registers = min(255, triton.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
+    attend = _guess("attend_splits", registers=registers, smem_bytes=triton.smem_bytes(plan, spec), plan=plan)
+    others = tuple(
+        Resources(kernel=name, registers=64, spill_bytes=0, smem_bytes=16384, num_warps=4, binary_bytes=0)
+        for name in (("merge_splits", "score_keys") if spec.score else ("merge_splits",))
+    )
+    return (attend, *others)
+
+
+def _guess(kernel: str, *, registers: int, smem_bytes: int, plan: Plan) -> Resources:
+    return Resources(
+        kernel=kernel,
+        registers=registers,
+        spill_bytes=0,
+        smem_bytes=smem_bytes,
+        num_warps=plan.integer("num_warps"),
+        binary_bytes=0,
+    )
