@@ -32,16 +32,40 @@ def generate(
     Raises SpecError, before any work, for prompts that are empty, outside the vocabulary or too long for the model.
     """
     _require_servable(model, prompts, spec)
+    decoder = _decoder(model, kernels, spec, [len(prompt) + spec.max_new_tokens for prompt in prompts], clock)
+    return _decode(decoder, prompts, spec)
+
+
+@torch.inference_mode()
+def warm_up(model: Llama, kernels: AttentionKernels, spec: DecodeSpec, prompt_len: int) -> None:
+    """Runs one speculative and one dense round at a run's first and last length, so that kernels are built before it.
+
+    No prefill: what the cache holds makes no difference to which kernels a round needs.
+    """
+    draft_len = min(spec.draft_len, spec.max_new_tokens - 1)
+    for length in sorted({max(0, prompt_len - draft_len - 1), prompt_len + spec.max_new_tokens - draft_len - 1}):
+        decoder = _decoder(model, kernels, spec, [length + draft_len + 1], time.perf_counter)
+        decoder.cache.extend([length])
+        verified = decoder.verify(torch.zeros(1, draft_len + 1, dtype=torch.int64), [draft_len + 1], spec.preset.score)
+        for drafts in (draft_len if spec.preset.drafts else 0, 0):
+            decoder.cache.rewind(0, length)
+            decoder.round([0], [drafts], [True], verified.view)
+
+
+def _decoder(
+    model: Llama, kernels: AttentionKernels, spec: DecodeSpec, capacities: Sequence[int], clock: Callable[[], float]
+) -> Decoder:
+    """A decoder with an empty cache that holds `capacities[b]` keys of each request."""
     cache = PagedCache(
         model.config.heads,
         layers=model.config.num_layers,
-        num_pages=sum(-(-(len(prompt) + spec.max_new_tokens) // spec.page_size) for prompt in prompts),
+        num_pages=sum(-(-capacity // spec.page_size) for capacity in capacities),
         page_size=spec.page_size,
-        batch=len(prompts),
+        batch=len(capacities),
         dtype=model.dtype,
         device=model.device,
     )
-    decoder = Decoder(
+    return Decoder(
         model=model,
         kernels=kernels,
         cache=cache,
@@ -49,7 +73,6 @@ def generate(
         policy=spec.policy,
         stopwatch=Stopwatch(clock),
     )
-    return _decode(decoder, prompts, spec)
 
 
 @dataclass(slots=True)
@@ -138,7 +161,7 @@ def _require_servable(model: Llama, prompts: Sequence[Sequence[int]], spec: Deco
         if len(prompt) + spec.max_new_tokens > limit:
             raise SpecError(
                 f"prompt {index}: {len(prompt)} tokens and {spec.max_new_tokens} new ones exceed the model's {limit} "
-                f"positions; shorten the prompt to {max(0, limit - spec.max_new_tokens)} tokens or ask for fewer"
+                "positions; shorten the prompt or ask for fewer"
             )
         wild = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if wild is not None:

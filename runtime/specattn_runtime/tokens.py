@@ -74,7 +74,7 @@ def codec_of(folder: Path, config: LlamaConfig) -> TokenCodec:
         return FileCodec(_read_tokenizer(path), config.stop_tokens)
     if config.vocab_size != BYTES:
         raise CheckpointError(
-            f"{folder}: no tokenizer.json, and vocab_size={config.vocab_size} is not that of bytes; add the tokenizer.json"
+            f"{folder}: no tokenizer.json, and vocab_size={config.vocab_size} is not that of bytes; add the file"
         )
     return ByteCodec()
 

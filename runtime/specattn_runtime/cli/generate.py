@@ -130,10 +130,10 @@ def _prompt_bytes(prompt_file: Path | None, prompt: str | None) -> bytes:
         raise SpecError("prompt: give exactly one of --prompt-file and --prompt")
     if prompt_file is None:
         content, source = (prompt or "").encode(), "--prompt"
-    elif prompt_file.is_file():
-        content, source = prompt_file.read_bytes(), str(prompt_file)
-    else:
+    elif prompt_file.is_dir() or not prompt_file.exists():
         raise SpecError(f"{prompt_file}: no such file; give a file with the prompt")
+    else:
+        content, source = prompt_file.read_bytes(), str(prompt_file)
     if not content:
         raise SpecError(f"{source}: empty; give at least one character to continue from")
     return content
