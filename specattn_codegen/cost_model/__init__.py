@@ -1,4 +1,4 @@
-"""Cost model: predicts a Triton plan's time on a GPU that is not here, from its binary. It ranks; it proves no speed."""
+"""Cost model: predicts a Triton plan's time on an absent GPU from its binary. It ranks plans and proves no speed."""
 
 from __future__ import annotations
 

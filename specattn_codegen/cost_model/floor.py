@@ -48,7 +48,7 @@ def least_work(spec: KernelSpec, workload: Workload) -> Work:
 
 
 def floor_us(spec: KernelSpec, workload: Workload, arch: Arch) -> float:
-    """The roofline (Williams, Waterman and Patterson, CACM 2009): no run is shorter than its bytes or its operations."""
+    """The roofline (Williams, Waterman and Patterson, CACM 2009): no run beats its bytes or its operations."""
     work = least_work(spec, workload)
     tflops = arch.fp32_tflops if spec.dtype == "float32" else max(arch.bf16_tflops, arch.fp32_tflops)
     return max(work.memory_bytes / (arch.bandwidth_gbs * 1e3), work.operations / (tflops * 1e6))

@@ -21,7 +21,7 @@ STREAMING_SHARE = 0.9
 LAUNCH_US = 2.0
 
 # Ours, not measured. One iteration's own chain besides memory: product, reductions over a row, exponentials, product,
-# and the barriers between them. And how sharply limits take turns: 1 would add them up, infinity overlap them perfectly.
+# and the barriers between them. And how sharply limits take turns: 1 adds them up, infinity overlaps them.
 ITERATION_CYCLES = 300.0
 SHARPNESS = 4.0
 

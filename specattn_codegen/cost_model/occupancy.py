@@ -27,7 +27,7 @@ def why_unfit(resources: tuple[Resources, ...], arch: Arch) -> str | None:
     """Why a compiled kernel cannot be launched on `arch`; None where it can."""
     for kernel in resources:
         if kernel.smem_bytes > arch.smem_per_block:
-            return f"{kernel.kernel} takes {kernel.smem_bytes} bytes of shared memory; {arch.name} has {arch.smem_per_block}"
+            return f"{kernel.kernel} takes {kernel.smem_bytes} bytes of shared memory of {arch.smem_per_block}"
         if blocks_per_sm(kernel, arch) < 1:
             return f"{kernel.kernel} takes {kernel.registers} registers a thread: no block fits {arch.name}"
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """A stretch of time that nothing else overlaps, and what it waits for: memory, l2, matrix, vector, latency, launch."""
+    """A stretch of time that nothing else overlaps. limit: memory, l2, matrix, vector, latency or launch."""
 
     name: str
     microseconds: float

@@ -1,0 +1,76 @@
+"""Where a number came from: versions, device and silicon. Facts only; nothing here decides anything."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+from specattn_codegen.arch import Arch, Vendor
+from specattn_codegen.build import cpu
+from specattn_codegen.plan import Backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silicon:
+    """The facts that tell one processor from another for a kernel; a product's name is not one of them.
+
+    The CPU's bandwidth is measured, so it is 0 here: what is measured cannot identify.
+    """
+
+    name: str
+    vendor: Vendor
+    compute_capability: int
+    target: str
+    num_sms: int
+    smem_per_block: int
+    l2_bytes: int
+    bandwidth_gbs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """compiler: what turned the source into a binary; device: the processor that ran it, None where none did."""
+
+    specattn_codegen: str
+    python: str
+    torch: str
+    compiler: str
+    platform: str
+    device: str | None
+
+
+def silicon(arch: Arch) -> Silicon:
+    return Silicon(
+        name=arch.name,
+        vendor=arch.vendor,
+        compute_capability=arch.compute_capability,
+        target=arch.target,
+        num_sms=arch.num_sms,
+        smem_per_block=arch.smem_per_block,
+        l2_bytes=arch.l2_bytes,
+        bandwidth_gbs=arch.bandwidth_gbs if arch.is_gpu else 0.0,
+    )
+
+
+def compiler_version(backend: Backend) -> str:
+    """Raises BuildError where the backend has no compiler on this machine."""
+    return cpu.compiler_version() if backend == "cpu" else f"triton {metadata.version('triton')}"
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("specattn-codegen")
+    except metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def current(backend: Backend, device: str | None) -> Environment:
+    return Environment(
+        specattn_codegen=_own_version(),
+        python=platform.python_version(),
+        torch=metadata.version("torch"),
+        compiler=compiler_version(backend),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=device,
+    )
