@@ -1,4 +1,4 @@
-"""Arch: a processor's limits and ceilings. Knows no kernel and no plan; rows are in gpus.py, the CPU's in cpu_info.py."""
+"""Arch: a processor's limits and ceilings. Knows no kernel and no plan. Rows: gpus.py, cpu_info.py."""
 
 from __future__ import annotations
 

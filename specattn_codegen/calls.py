@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def _require(tensor: torch.Tensor, name: str, shape: Shape, dtype: torch.dtype, 
 def _check_host_lengths(call: AttentionCall) -> None:
     """Lengths in host memory cost nothing to read, and a wrong one would make a CPU kernel run past a buffer."""
     starts, lengths = call.cu_q.tolist(), call.kv_lens.tolist()
-    rows = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    rows = [end - start for start, end in itertools.pairwise(starts)]
     if starts[0] != 0 or min(rows, default=0) < 0 or starts[-1] != call.q.shape[0]:
         raise SpecError(f"cu_q={starts}: must start at 0, never fall and end at q's {call.q.shape[0]} rows")
     if max(rows, default=0) > call.max_q:

@@ -17,7 +17,8 @@ from specattn_codegen.results import Selection
 from specattn_codegen.spec import KernelSpec
 
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-FLOAT16_TINY = 2.0**-25  # half the smallest float16 denormal: what storing a weight in float16 may lose
+# What a stored weight may lose where it underflows: half the smallest float16 denormal, or the smallest normal float32.
+UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-25, "bfloat16": 2.0**-25}
 SAFETY = 4.0
 
 
@@ -58,7 +59,7 @@ def tolerance(
         out=values * (weight_error + rounded_weights) + 2.0 * unit_dtype * expected_out.abs(),
         lse=logit_error + sum_error + 2.0 * unit * expected_lse.abs().nan_to_num(0.0, posinf=0.0, neginf=0.0),
         scores_relative=weight_error + rounded_weights,
-        scores_floor=0.0 if spec.dtype == "float32" else FLOAT16_TINY,
+        scores_floor=UNDERFLOW[spec.dtype],
     )
 
 

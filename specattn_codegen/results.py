@@ -26,7 +26,7 @@ class SparseOutput(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """indices [B, S, K] int32, logical key positions, ascending, -1 padded; counts [B, S] int32; block: keys per index."""
+    """indices [B, S, K] int32, logical key positions, ascending, -1 padded; counts [B, S]; block: keys per index."""
 
     indices: torch.Tensor
     counts: torch.Tensor

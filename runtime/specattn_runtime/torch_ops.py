@@ -1,8 +1,8 @@
 """The operations as torch operators (`torch.ops.specattn.*`), opaque to torch.compile, with fake implementations.
 
 They are functional: every result is a new tensor, and score columns past a request's prefix are 0. What the heads
-cannot be read from (scale, softcap, window) comes as numbers: softcap 0 and window 0 mean none, max_kv -1 means what the
-page table holds.
+cannot be read from (scale, softcap, window) comes as numbers: softcap 0 and window 0 mean none, max_kv -1 means what
+the page table holds.
 """
 
 from __future__ import annotations

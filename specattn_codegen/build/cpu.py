@@ -69,7 +69,7 @@ def library_folder(text: str, target: str) -> Path:
 
 
 def compile_library(text: str, target: str, name: str) -> Path:
-    """The shared object of a C++ text, compiled unless the cache has it. Raises BuildError with the compiler's words."""
+    """The shared object of a C++ text, compiled unless the cache has it. Raises BuildError in the compiler's words."""
 
     def write(folder: Path) -> None:
         file = folder / "kernel.cpp"

@@ -1,4 +1,4 @@
-"""How every command ends: results on stdout, one line per error on stderr, exit codes 0, 2 (bad input) and 130 (Ctrl-C)."""
+"""How every command ends: results on stdout, an error as one line on stderr, exit code 2 for it and 130 for Ctrl-C."""
 
 from __future__ import annotations
 

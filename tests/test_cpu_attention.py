@@ -1,0 +1,212 @@
+"""The CPU's verification and sparse attention against the float64 oracle, and the properties they promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from cases import HEADS, RAGGED, run, verdict
+
+from specattn_codegen import build, cpu_info, paths, space
+from specattn_codegen.build import cpu
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.problems import attention_problem
+from specattn_codegen.render import render
+from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreRows, ScoreSpec
+
+TARGETS = [target for target, needs in cpu_info.NEEDS.items() if needs <= cpu_info.NEEDS[cpu_info.instruction_set()]]
+SMALL = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
+
+
+def kernel_for(spec: KernelSpec, target: str | None = None, **changes: Setting) -> cpu.CpuKernel:
+    arch = cpu_info.detect(measure=False)
+    plan = space.default_plan(spec, arch, "cpu").replace(**changes)
+    assert space.why_invalid(plan, spec, arch) is None
+    return cpu.load(render(spec, plan, target or build.target_for(plan, arch)))
+
+
+def verify_spec(heads: HeadConfig, dtype: Dtype = "float32", score: ScoreSpec | None = None) -> KernelSpec:
+    return KernelSpec(op="verify_attention", heads=heads, dtype=dtype, score=score)
+
+
+def sparse_spec(heads: HeadConfig, dtype: Dtype = "float32", selection: ScoreHeads = "kv_head") -> KernelSpec:
+    return KernelSpec(op="sparse_attention", heads=heads, dtype=dtype, selection=selection)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_verification_with_scores_equals_the_oracle(shape: tuple[int, int, int], dtype: Dtype) -> None:
+    score = ScoreSpec(rows="all", heads="kv_head") if shape[0] % 8 == 0 else ScoreSpec(rows="ends", heads="layer")
+    kernel = kernel_for(verify_spec(HEADS[shape], dtype, score))
+    for seed, (q_lens, kv_lens, page_size) in enumerate(RAGGED):
+        problem = attention_problem(kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=seed)
+        result = verdict(kernel, problem)
+        assert result.passed, (kv_lens, result.detail)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_sparse_attention_equals_the_oracle(shape: tuple[int, int, int], dtype: Dtype) -> None:
+    selection: ScoreHeads = "layer" if shape[0] % 3 == 0 else "kv_head"
+    kernel = kernel_for(sparse_spec(HEADS[shape], dtype, selection))
+    for budget, (q_lens, kv_lens, page_size) in zip((50, 4000, 0), RAGGED, strict=True):
+        problem = attention_problem(
+            kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=budget, budget=budget
+        )
+        result = verdict(kernel, problem)
+        assert result.passed, (kv_lens, budget, result.detail)
+
+
+@pytest.mark.parametrize("rows", ["all", "ends", "last"])
+@pytest.mark.parametrize("heads", ["kv_head", "layer"])
+def test_every_score_definition(rows: ScoreRows, heads: ScoreHeads) -> None:
+    kernel = kernel_for(verify_spec(SMALL, "float32", ScoreSpec(rows=rows, heads=heads)))
+    problem = attention_problem(kernel.spec, q_lens=[3, 1, 6], kv_lens=[900, 33, 6], page_size=7, seed=3)
+    assert verdict(kernel, problem).passed
+
+
+ODD_HEADS = {
+    "softcap": dataclasses.replace(SMALL, softcap=5.0),
+    "window": dataclasses.replace(SMALL, window=40),
+    "window of one key": dataclasses.replace(SMALL, window=1),
+    "sinks": dataclasses.replace(SMALL, sinks=True),
+    "all of them, Dv != D": HeadConfig(
+        num_q_heads=6, num_kv_heads=2, head_dim=24, v_head_dim=50, softcap=3.0, window=77, sinks=True, scale=0.4
+    ),
+    "one element": HeadConfig(num_q_heads=1, num_kv_heads=1, head_dim=1),
+}
+
+
+@pytest.mark.parametrize("name", ODD_HEADS)
+def test_softcap_window_sinks_and_odd_dims(name: str) -> None:
+    verify = kernel_for(verify_spec(ODD_HEADS[name], score=ScoreSpec()))
+    sparse = kernel_for(sparse_spec(ODD_HEADS[name]))
+    for q_lens, kv_lens, page_size in RAGGED[1:]:
+        sizes = {"q_lens": q_lens, "kv_lens": kv_lens, "page_size": page_size, "seed": 5}
+        assert verdict(verify, attention_problem(verify.spec, **sizes)).passed
+        assert verdict(sparse, attention_problem(sparse.spec, **sizes, budget=30)).passed
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_instruction_set_this_processor_runs(target: str, dtype: Dtype) -> None:
+    heads = HeadConfig(num_q_heads=7, num_kv_heads=1, head_dim=80, softcap=30.0)
+    kernel = kernel_for(verify_spec(heads, dtype, ScoreSpec()), target)
+    problem = attention_problem(kernel.spec, q_lens=[5, 1], kv_lens=[600, 17], page_size=16, seed=1)
+    assert verdict(kernel, problem).passed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key_tile": 16, "split_keys": 256, "prefetch": "none"},
+        {"key_tile": 128, "split_keys": 4096, "heads_per_task": "all"},
+        {"key_tile": 64, "split_keys": 512, "score_dump": "float16"},
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting]) -> None:
+    kernel = kernel_for(verify_spec(SMALL, "bfloat16", ScoreSpec()), **changes)
+    problem = attention_problem(kernel.spec, q_lens=[7, 2], kv_lens=[2500, 300], page_size=16, seed=2)
+    assert verdict(kernel, problem).passed
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd", "interleaved"])
+def test_cache_layouts_are_views(layout: str) -> None:
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()))
+    problem = attention_problem(
+        kernel.spec,
+        q_lens=[3, 1],
+        kv_lens=[200, 64],
+        page_size=16,
+        seed=4,
+        layout=layout,  # pyright: ignore[reportArgumentType]
+    )
+    assert verdict(kernel, problem).passed
+
+
+def test_peaked_softmax_keeps_its_tolerance() -> None:
+    """Logits in the hundreds: almost all mass on one key, everything else underflows."""
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()))
+    problem = attention_problem(kernel.spec, q_lens=[4], kv_lens=[1500], page_size=16, seed=6, magnitude=40.0)
+    assert verdict(kernel, problem).passed
+
+
+def test_everything_selected_equals_verification() -> None:
+    verify = kernel_for(verify_spec(SMALL, "bfloat16"))
+    sparse = kernel_for(sparse_spec(SMALL, "bfloat16"))
+    problem = attention_problem(sparse.spec, q_lens=[3, 1], kv_lens=[800, 90], page_size=16, seed=7, budget=5000)
+    dense, gathered = run(verify, problem), run(sparse, problem)
+    torch.testing.assert_close(gathered.out, dense.out, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(gathered.lse, dense.lse, rtol=1e-6, atol=1e-6)
+
+
+def test_out_is_bitwise_the_same_with_and_without_scores() -> None:
+    plain, scored = kernel_for(verify_spec(SMALL)), kernel_for(verify_spec(SMALL, score=ScoreSpec()))
+    problem = attention_problem(plain.spec, q_lens=[5, 2], kv_lens=[1300, 77], page_size=16, seed=8)
+    one, other = run(plain, problem), run(scored, problem)
+    assert torch.equal(one.out, other.out)
+    assert torch.equal(one.lse, other.lse)
+
+
+def test_results_do_not_depend_on_threads_or_neighbours() -> None:
+    """Splits have a fixed length, so a request alone, on one thread, gives the bits it gives in a batch on two."""
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()), split_keys=256)
+    together = attention_problem(kernel.spec, q_lens=[3, 5], kv_lens=[2000, 700], page_size=16, seed=9)
+    threads = torch.get_num_threads()
+    both = run(kernel, together)
+    alone = dataclasses.replace(
+        together,
+        q=together.q[:3],
+        page_table=together.page_table[:1],
+        kv_lens=together.kv_lens[:1],
+        cu_q=together.cu_q[:2],
+        max_q=3,
+    )
+    try:
+        torch.set_num_threads(1)
+        single = run(kernel, alone)
+    finally:
+        torch.set_num_threads(threads)
+    assert both.scores is not None
+    assert single.scores is not None
+    assert torch.equal(both.out[:3], single.out)
+    assert torch.equal(both.scores[0, :, :1997], single.scores[0, :, :1997])
+
+
+def test_columns_past_the_prefix_are_never_written() -> None:
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()))
+    call = run(kernel, attention_problem(kernel.spec, q_lens=[5, 3], kv_lens=[50, 3], page_size=16, seed=10))
+    assert call.scores is not None
+    assert call.scores[0, :, :45].isfinite().all()
+    assert call.scores[0, :, 45:].isnan().all()
+    assert call.scores[1].isnan().all()
+
+
+def test_scores_of_the_prefix_and_the_rows_own_weights_sum_to_one() -> None:
+    """With one row, prefix scores and the row's weight on its own key are the whole softmax."""
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()))
+    problem = attention_problem(kernel.spec, q_lens=[1], kv_lens=[1000], page_size=16, seed=11)
+    call = run(kernel, problem)
+    assert call.scores is not None
+    key = problem.k_cache[int(problem.page_table[0, 999 // 16]), 999 % 16].double().repeat_interleave(4, dim=0)
+    own = torch.exp((problem.q[0].double() * key).sum(-1) * SMALL.scale - call.lse[0].double()).view(2, 4).mean(1)
+    torch.testing.assert_close(
+        call.scores[0, :, :999].double().sum(-1) + own, torch.ones(2).double(), atol=1e-5, rtol=0
+    )
+
+
+def test_a_cold_build_is_quick_and_a_warm_one_reuses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path))
+    spec = verify_spec(HEADS[32, 8, 128], "bfloat16", ScoreSpec())
+    kernel_for(spec)
+    built = sorted(paths.cache_dir().rglob("kernel.so"))
+    stamp = built[0].stat().st_mtime_ns
+    start = time.perf_counter()
+    kernel_for(spec)
+    assert len(built) == 1
+    assert built[0].stat().st_mtime_ns == stamp
+    assert time.perf_counter() - start < 60.0  # a hang, not a benchmark
