@@ -17,7 +17,7 @@ from specattn_runtime import load_kernels
 from specattn_runtime.checkpoint import load_llama
 from specattn_runtime.cli.report import identical_line, run_table
 from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.engine import generate
+from specattn_runtime.engine import generate, warm_up
 from specattn_runtime.generation import first_difference
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.presets import Preset, preset_named
@@ -108,6 +108,8 @@ def command(
     kernels = _kernels(kernels_name, llama.config.heads, dtype, page_size)
     prompts = [codec.encode(text)]
 
+    with Console(stderr=True).status("building kernels"):
+        warm_up(llama, kernels, spec, len(prompts[0]))
     with Console(stderr=True).status("decoding"):
         runs = {spec.preset.name: generate(llama, kernels, prompts, spec)}
         dense = generate(llama, kernels, prompts, spec.without_drafts()) if compare_dense else None
