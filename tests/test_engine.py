@@ -247,7 +247,7 @@ class RecordingKernels(ReferenceKernels):
 def test_warming_up_runs_the_sizes_a_run_starts_and_ends_with(wavy: Llama, prompt_len: int) -> None:
     spec = decode_spec("vegas", budget=1.0, max_new_tokens=10)
     warm, real = RecordingKernels(wavy), RecordingKernels(wavy)
-    warm_up(wavy, warm, spec, prompt_len)
+    warm_up(wavy, warm, [prompt_of(prompt_len)], spec)
     generate(wavy, real, [prompt_of(prompt_len)], spec)
     assert {rows for rows, _ in warm.sizes} == {1, 5}
     assert max(keys for _, keys in warm.sizes) >= max(keys for _, keys in real.sizes)

@@ -37,19 +37,24 @@ def generate(
 
 
 @torch.inference_mode()
-def warm_up(model: Llama, kernels: AttentionKernels, spec: DecodeSpec, prompt_len: int) -> None:
-    """Runs one speculative and one dense round at a run's first and last length, so that kernels are built before it.
+def warm_up(model: Llama, kernels: AttentionKernels, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:
+    """Runs a speculative and a dense round at the lengths `generate` starts and ends with, so that it builds no kernel.
 
     No prefill: what the cache holds makes no difference to which kernels a round needs.
     """
+    _require_servable(model, prompts, spec)
     draft_len = min(spec.draft_len, spec.max_new_tokens - 1)
-    for length in sorted({max(0, prompt_len - draft_len - 1), prompt_len + spec.max_new_tokens - draft_len - 1}):
-        decoder = _decoder(model, kernels, spec, [length + draft_len + 1], time.perf_counter)
-        decoder.cache.extend([length])
-        verified = decoder.verify(torch.zeros(1, draft_len + 1, dtype=torch.int64), [draft_len + 1], spec.preset.score)
+    starts = [max(0, len(prompt) - draft_len - 1) for prompt in prompts]
+    ends = [len(prompt) + spec.max_new_tokens - draft_len - 1 for prompt in prompts]
+    for lengths in (starts, ends):
+        decoder = _decoder(model, kernels, spec, [length + draft_len + 1 for length in lengths], time.perf_counter)
+        decoder.cache.extend(lengths)
+        rows = [draft_len + 1] * len(prompts)
+        tokens = torch.zeros(len(prompts), draft_len + 1, dtype=torch.int64, device=model.device)
+        view = decoder.verify(tokens, rows, spec.preset.score).view
         for drafts in (draft_len if spec.preset.drafts else 0, 0):
-            decoder.cache.rewind(0, length)
-            decoder.round([0], [drafts], [True], verified.view)
+            decoder.rewind(lengths)
+            decoder.round([0] * len(prompts), [drafts] * len(prompts), [True] * len(prompts), view)
 
 
 def _decoder(

@@ -96,12 +96,12 @@ class Decoder:
             tokens = self._token_rows([[token] for token in newest])
             if view is not None:
                 tokens = self.draft(tokens, draft_lens, view)
-            self._rewind(prefixes)
+            self.rewind(prefixes)
         counts = [length + 1 if living else 0 for length, living in zip(draft_lens, alive, strict=True)]
         verified = self.verify(tokens, counts, self.preset.score if self.preset.drafts else None)
         accepted = accept_greedy(tokens[:, 1:], verified.targets, torch.tensor(draft_lens, device=tokens.device))
         kept = [some + 1 if living else 0 for some, living in zip(accepted.tolist(), alive, strict=True)]
-        self._rewind([prefix + count for prefix, count in zip(prefixes, kept, strict=True)])
+        self.rewind([prefix + count for prefix, count in zip(prefixes, kept, strict=True)])
         choices = zip(kept, verified.targets.tolist(), verified.margins.tolist(), draft_lens, strict=True)
         emitted = [Emitted(tokens=row[:n], margins=margins[:n], drafted=length) for n, row, margins, length in choices]
         return emitted, verified.view
@@ -158,7 +158,8 @@ class Decoder:
         repeats = self.model.config.num_layers // len(per_layer)
         return DraftView(selections=tuple(per_layer * repeats), tail_start=rows.prefix_lens)
 
-    def _rewind(self, lengths: Sequence[int]) -> None:
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Cuts every request's keys back to its length."""
         for request, length in enumerate(lengths):
             self.cache.rewind(request, length)
 

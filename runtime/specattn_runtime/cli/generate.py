@@ -109,7 +109,7 @@ def command(
     prompts = [codec.encode(text)]
 
     with Console(stderr=True).status("building kernels"):
-        warm_up(llama, kernels, spec, len(prompts[0]))
+        warm_up(llama, kernels, prompts, spec)
     with Console(stderr=True).status("decoding"):
         runs = {spec.preset.name: generate(llama, kernels, prompts, spec)}
         dense = generate(llama, kernels, prompts, spec.without_drafts()) if compare_dense else None
