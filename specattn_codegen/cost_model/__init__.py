@@ -44,7 +44,7 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
     if spec.op == "select_kv":
         return (_guess("select_rows", registers=64, smem_bytes=4 * 2 ** plan.integer("radix_bits"), plan=plan),)
     registers = min(255, triton.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
-    attend = _guess("attend_splits", registers=registers, smem_bytes=triton.smem_bytes(plan, spec), plan=plan)
+    attend = _guess("attend_splits", registers=registers, smem_bytes=triton.smem_bytes(plan, spec, arch), plan=plan)
     others = tuple(
         Resources(kernel=name, registers=64, spill_bytes=0, smem_bytes=16384, num_warps=4, binary_bytes=0)
         for name in (("merge_splits", "score_keys") if spec.score else ("merge_splits",))

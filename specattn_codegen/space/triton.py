@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
@@ -12,7 +13,8 @@ from specattn_codegen.spec import KernelSpec
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_TILE_ELEMENTS = 2**20  # Triton refuses larger tensors
-USABLE_REGISTERS = 192  # of 255 a thread; the rest holds addresses and loop state
+USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
+BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
 
 
@@ -37,16 +39,30 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
 
 
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
-    """The first valid plan of a short list, from fast and large to small and certain."""
+    """Of a short list from fast to frugal, the first plan of which several blocks fit one SM, or else the last."""
     if spec.op == "select_kv":
         return Plan.of("triton", block_n=4096, num_warps=8, radix_bits=8)
-    for block_m, block_n, num_stages in itertools.product(_block_m_choices(spec), (64, 32, 16), (2, 1)):
-        plan = Plan.of("triton", block_m=block_m, block_n=block_n, num_warps=4, num_stages=num_stages, ctas_per_sm=2)
-        if spec.score is not None:
-            plan = plan.replace(score_method="remat", score_block_n=max(32, block_n))
-        if why_invalid(plan, spec, arch) is None:
-            return plan
-    raise SpecError(f"head_dim={spec.heads.head_dim}: no Triton tile of it fits {arch.name}; use at most 256")
+    plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
+    if not plans:
+        raise SpecError(f"head_dim={spec.heads.head_dim}: no Triton tile of it fits {arch.name}; use at most 256")
+    resident = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm)
+    return next(resident, plans[-1])
+
+
+def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
+    for block_m, block_n, num_stages in itertools.product(_block_m_choices(spec), (64, 32, 16), (3, 2, 1)):
+        plan = Plan.of(
+            "triton",
+            block_m=block_m,
+            block_n=block_n,
+            num_warps=4,
+            num_stages=num_stages,
+            ctas_per_sm=BLOCKS_PER_SM,
+        )
+        if spec.score is None:
+            yield plan
+        else:
+            yield plan.replace(score_method="remat", score_block_n=max(32, block_n))
 
 
 def _block_m_choices(spec: KernelSpec) -> tuple[int, ...]:
@@ -61,11 +77,27 @@ def padded(extent: int) -> int:
     return max(16, 1 << (extent - 1).bit_length())
 
 
-def smem_bytes(plan: Plan, spec: KernelSpec) -> int:
-    """Shared memory of the main loop: the stages of K and V tiles in flight and the tile of queries."""
+def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
+    """Shared memory of the main loop: the K and V tiles in flight, the queries, and the weights on their way to V."""
     dim, v_dim = padded(spec.heads.head_dim), padded(spec.heads.v_head_dim)
-    stage = plan.integer("block_n") * (dim + v_dim)
-    return spec.dtype_bytes * (plan.integer("num_stages") * stage + plan.integer("block_m") * dim)
+    block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
+    in_flight = _tiles_in_flight(plan, arch) * block_n * (dim + v_dim)
+    queries = 0 if arch.vendor == "amd" else block_m * dim  # which AMD keeps in registers
+    weights = block_m * block_n
+    return spec.dtype_bytes * (in_flight + queries + weights)
+
+
+def _tiles_in_flight(plan: Plan, arch: Arch) -> int:
+    """The tile being read keeps its buffer only where the tensor cores read it from shared memory (wgmma, tcgen05)."""
+    num_stages = plan.integer("num_stages")
+    reads_shared = arch.compute_capability in (90, 100) and plan.integer("block_m") >= 64
+    return num_stages if reads_shared else max(1, num_stages - 1)
+
+
+def score_smem_bytes(plan: Plan, spec: KernelSpec) -> int:
+    """Shared memory of the kernel that reads the keys a second time: a tile of keys and one of queries."""
+    rows = plan.integer("score_block_n") + plan.integer("block_m")
+    return spec.dtype_bytes * rows * padded(spec.heads.head_dim)
 
 
 def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
@@ -90,7 +122,9 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     block_m, block_n, num_warps = (plan.integer(name) for name in ("block_m", "block_n", "num_warps"))
     if block_m * block_n < 128 * num_warps:  # one m16n8 product is a warp's smallest piece of work
         return f"num_warps={num_warps} cannot share a tile of {block_m} rows and {block_n} keys"
-    needed = smem_bytes(plan, spec)
+    needed = smem_bytes(plan, spec, arch)
+    if spec.score is not None and plan["score_method"] == "remat":
+        needed = max(needed, score_smem_bytes(plan, spec))
     if needed > arch.smem_per_block:
         return f"tiles need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
     registers = accumulator_registers(plan, spec, arch)
