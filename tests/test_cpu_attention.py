@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from cases import HEADS, RAGGED, run, verdict
 
+from cases import HEADS, RAGGED, run, verdict
 from specattn_codegen import build, cpu_info, paths, space
 from specattn_codegen.build import cpu
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.plan import Setting
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreRows, ScoreSpec
@@ -21,9 +21,9 @@ TARGETS = [target for target, needs in cpu_info.NEEDS.items() if needs <= cpu_in
 SMALL = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 
 
-def kernel_for(spec: KernelSpec, target: str | None = None, **changes: Setting) -> cpu.CpuKernel:
+def kernel_for(spec: KernelSpec, target: str | None = None, changes: dict[str, Setting] | None = None) -> cpu.CpuKernel:
     arch = cpu_info.detect(measure=False)
-    plan = space.default_plan(spec, arch, "cpu").replace(**changes)
+    plan = space.default_plan(spec, arch, "cpu").replace(**(changes or {}))
     assert space.why_invalid(plan, spec, arch) is None
     return cpu.load(render(spec, plan, target or build.target_for(plan, arch)))
 
@@ -109,7 +109,7 @@ def test_every_instruction_set_this_processor_runs(target: str, dtype: Dtype) ->
     ids=str,
 )
 def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting]) -> None:
-    kernel = kernel_for(verify_spec(SMALL, "bfloat16", ScoreSpec()), **changes)
+    kernel = kernel_for(verify_spec(SMALL, "bfloat16", ScoreSpec()), changes=changes)
     problem = attention_problem(kernel.spec, q_lens=[7, 2], kv_lens=[2500, 300], page_size=16, seed=2)
     assert verdict(kernel, problem).passed
 
@@ -154,7 +154,7 @@ def test_out_is_bitwise_the_same_with_and_without_scores() -> None:
 
 def test_results_do_not_depend_on_threads_or_neighbours() -> None:
     """Splits have a fixed length, so a request alone, on one thread, gives the bits it gives in a batch on two."""
-    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()), split_keys=256)
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()), changes={"split_keys": 256})
     together = attention_problem(kernel.spec, q_lens=[3, 5], kv_lens=[2000, 700], page_size=16, seed=9)
     threads = torch.get_num_threads()
     both = run(kernel, together)
