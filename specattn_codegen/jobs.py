@@ -1,0 +1,131 @@
+"""What workers do: compile for an absent GPU, prove in the interpreter, or build, prove and time on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from specattn_codegen import build, cost_model
+from specattn_codegen.arch import Arch
+from specattn_codegen.kernel import Call, Kernel
+from specattn_codegen.measure import rotating, time_interleaved, timed_calls, timer_for
+from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.plan import Backend, Plan
+from specattn_codegen.prove import INTERPRETED, prove
+from specattn_codegen.render import Source, render
+from specattn_codegen.spec import KernelSpec, Workload
+
+PROOF_PAGE_SIZE = 16  # of problems, where the spec leaves the page size to run time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileJob:
+    """Compiles one plan for a GPU that need not be here and reads what its binary takes."""
+
+    spec: KernelSpec
+    plan: Plan
+    arch: Arch
+
+    def run(self) -> Outcome:
+        # Triton's compiler is imported here, so that a CPU user never pays for it.
+        compiler = importlib.import_module("specattn_codegen.build.cross_compile")
+        resources = compiler.cross_compile(render_for(self.spec, self.plan, self.arch), self.arch)
+        reason = cost_model.why_unfit(resources, self.arch)
+        status = Status.OK if reason is None else Status.INVALID
+        return Outcome(status=status, detail=reason or "", resources=resources)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterpretJob:
+    """Proves one plan in Triton's interpreter. Its worker must be born with TRITON_INTERPRET=1.
+
+    The interpreter's bfloat16 product is wrong, so a bfloat16 kernel is proved by its twin: the same plan rendered for
+    float16.
+    """
+
+    spec: KernelSpec
+    plan: Plan
+    arch: Arch
+    workload: Workload
+    seed: int
+
+    def run(self) -> Outcome:
+        spec = interpreted_twin(self.spec)
+        kernel = build.load(render_for(spec, self.plan, self.arch))
+        try:
+            return _proved(
+                kernel, self.workload, page_size=spec.page_size, seed=self.seed, device="cpu", interpreted=True
+            )
+        except launch_errors("triton") as error:
+            return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureJob:
+    """Builds, proves and times plans on the device at hand; several take turns within one measurement.
+
+    seconds  of timing, for all plans together
+    """
+
+    spec: KernelSpec
+    plans: tuple[Plan, ...]
+    arch: Arch
+    workload: Workload
+    page_size: int
+    seed: int
+    seconds: float
+
+    def run(self) -> Outcome:
+        device = "cuda" if self.arch.is_gpu else "cpu"
+        kernels = [build.load(render_for(self.spec, plan, self.arch)) for plan in self.plans]
+        worst = 0.0
+        try:
+            for kernel in kernels:
+                proof = _proved(kernel, self.workload, page_size=self.page_size, seed=self.seed, device=device)
+                if proof.status is not Status.OK:
+                    return proof
+                worst = max(worst, proof.worst_error or 0.0)
+            calls = _calls(self.spec, self.workload, self.arch, self.page_size, self.seed)
+            launches = [rotating(kernel, calls, device) for kernel in kernels]
+            timings = time_interleaved(launches, seconds=self.seconds, timer=timer_for(self.arch))
+        except launch_errors(self.plans[0].backend) as error:
+            return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+        return Outcome(status=Status.OK, worst_error=worst, timings=timings)
+
+
+def render_for(spec: KernelSpec, plan: Plan, arch: Arch) -> Source:
+    return render(spec, plan, build.target_for(plan, arch))
+
+
+def interpreted_twin(spec: KernelSpec) -> KernelSpec:
+    return dataclasses.replace(spec, dtype="float16") if spec.dtype == "bfloat16" else spec
+
+
+def launch_errors(backend: Backend) -> tuple[type[Exception], ...]:
+    """What a launch may raise because of its plan. A CPU kernel that fails takes its process along."""
+    if backend == "cpu":
+        return ()
+    return (importlib.import_module("triton.errors").TritonError, torch.AcceleratorError, torch.OutOfMemoryError)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _proved(
+    kernel: Kernel, workload: Workload, *, page_size: int, seed: int, device: str, interpreted: bool = False
+) -> Outcome:
+    settings = {"extent": INTERPRETED} if interpreted else {}
+    verdict = prove(kernel, workload=workload, page_size=page_size, seed=seed, device=device, **settings)
+    status = Status.OK if verdict.passed else Status.WRONG
+    return Outcome(status=status, detail=verdict.detail, worst_error=min(verdict.worst, 1e300))
+
+
+# A worker times one workload many times over, and making its inputs takes longer than timing it.
+@functools.lru_cache(maxsize=1)
+def _calls(spec: KernelSpec, workload: Workload, arch: Arch, page_size: int, seed: int) -> tuple[Call, ...]:
+    return timed_calls(spec, workload, arch, page_size=page_size, seed=seed)

@@ -1,0 +1,143 @@
+"""Timing: medians over interleaved blocks, on data that no cache holds. Never checks a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from specattn_codegen.arch import Arch
+from specattn_codegen.calls import problem_call, select_call
+from specattn_codegen.kernel import Call, Kernel
+from specattn_codegen.outcome import Timing
+from specattn_codegen.policy import TopK
+from specattn_codegen.problems import AttentionProblem, random_scores, workload_problem
+from specattn_codegen.prove import moved
+from specattn_codegen.spec import KernelSpec, Workload
+
+WARM_UP = 2
+BLOCK = 3  # calls of one kernel before the next kernel has its turn
+LEAST_CALLS = 6
+MOST_CALLS = 300
+CACHES_FILLED = 2.0  # the data touched between two uses of the same bytes, in last-level caches
+MOST_COPIES = 512
+MEMORY_SHARE = 0.25  # of the device's memory that copies may take
+
+Launch = Callable[[], None]
+Timer = Callable[[Launch], float]  # microseconds of one launch
+
+
+def time_interleaved(
+    launches: Sequence[Launch], *, seconds: float, timer: Timer, clock: Callable[[], float] = time.monotonic
+) -> tuple[Timing, ...]:
+    """One Timing per launch. They take turns in short blocks, so that a machine that slows down slows all of them.
+
+    seconds  for all launches together; at least LEAST_CALLS calls of each are made however long they take
+    """
+    for launch in launches:
+        for _ in range(WARM_UP):
+            timer(launch)
+    samples: list[list[float]] = [[] for _ in launches]
+    end = clock() + seconds
+    while len(samples[0]) < LEAST_CALLS or (clock() < end and len(samples[0]) < MOST_CALLS):
+        for kept, launch in zip(samples, launches, strict=True):
+            kept.extend(timer(launch) for _ in range(BLOCK))
+    return tuple(map(summary, samples))
+
+
+def summary(samples: Sequence[float]) -> Timing:
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(median_us=statistics.median(samples), p20_us=fifths[0], p80_us=fifths[3], n=len(samples))
+
+
+def standard_error_us(timing: Timing) -> float:
+    """Of the median, as for a normal distribution: its 20th and 80th percentile lie 1.683 deviations apart, and its
+    median's error is sqrt(pi / 2) times its mean's."""
+    deviation = (timing.p80_us - timing.p20_us) / 1.683
+    return math.sqrt(math.pi / 2) * deviation / math.sqrt(timing.n)
+
+
+def beats(timing: Timing, other: Timing, *, least_gain: float = 0.01, errors: float = 3.0) -> bool:
+    """Whether a timing is better than another by more than noise, and by enough to matter."""
+    gain = other.median_us - timing.median_us
+    noise = errors * math.hypot(standard_error_us(timing), standard_error_us(other))
+    return gain > noise and gain > least_gain * other.median_us
+
+
+def host_timer(launch: Launch) -> float:
+    start = time.perf_counter_ns()
+    launch()
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def device_timer(arch: Arch) -> Timer:
+    """Times with events behind a write of twice the L2, which empties it and lets the host run ahead."""
+    scrap = torch.empty(2 * arch.l2_bytes, dtype=torch.uint8, device="cuda")
+
+    def timer(launch: Launch) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        scrap.zero_()
+        start.record()
+        launch()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    return timer
+
+
+def timer_for(arch: Arch) -> Timer:
+    return device_timer(arch) if arch.is_gpu else host_timer
+
+
+def rotating(kernel: Kernel, calls: Sequence[Call], device: str) -> Launch:
+    """Launches over the calls in turn, with one workspace."""
+    workspace = torch.empty(max(kernel.workspace_bytes(call) for call in calls), dtype=torch.uint8, device=device)
+    turns = itertools.cycle(calls)
+    return lambda: kernel.launch(next(turns), workspace)
+
+
+def timed_calls(spec: KernelSpec, workload: Workload, arch: Arch, *, page_size: int, seed: int) -> tuple[Call, ...]:
+    """Equal calls over different memory, enough of it that no cache still holds a call's data at its next turn."""
+    device = "cuda" if arch.is_gpu else "cpu"
+    if spec.op == "select_kv":
+        return _selection_calls(spec, workload, arch, seed, device)
+    problem = moved(workload_problem(spec, workload, page_size=page_size, seed=seed), device)
+    size = problem.k_cache.nbytes + problem.v_cache.nbytes
+    return tuple(problem_call(spec, turn) for turn in rotated(problem, copies(size, arch)))
+
+
+def copies(size_bytes: int, arch: Arch) -> int:
+    wanted = math.ceil(CACHES_FILLED * arch.l2_bytes / max(1, size_bytes)) + 1
+    affordable = int(MEMORY_SHARE * arch.memory_bytes) // max(1, size_bytes)
+    return max(1, min(wanted, affordable, MOST_COPIES))
+
+
+def rotated(problem: AttentionProblem, count: int) -> list[AttentionProblem]:
+    """`count` problems over one pool of pages: the same data once per problem, each page table naming its own."""
+    pages, page_size = problem.k_cache.shape[:2]
+    columns = torch.arange(problem.page_table.shape[1], device=problem.page_table.device)
+    used = columns[None, :] * page_size < problem.kv_lens[:, None]
+    k_cache, v_cache = problem.k_cache.repeat(count, 1, 1, 1), problem.v_cache.repeat(count, 1, 1, 1)
+    return [
+        dataclasses.replace(
+            problem,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            page_table=torch.where(used, problem.page_table + turn * pages, problem.page_table),
+        )
+        for turn in range(count)
+    ]
+
+
+def _selection_calls(spec: KernelSpec, workload: Workload, arch: Arch, seed: int, device: str) -> tuple[Call, ...]:
+    prefix = max(1, workload.kv_len - workload.q_len)
+    scores = random_scores(workload.batch, spec.selection_heads, [prefix] * workload.batch, prefix, seed).to(device)
+    prefix_lens = torch.full((workload.batch,), prefix, dtype=torch.int32, device=device)
+    policy = TopK(k=max(1, workload.budget))
+    return tuple(select_call(scores.clone(), prefix_lens, policy) for _ in range(copies(scores.nbytes, arch)))

@@ -1,0 +1,132 @@
+"""Proof: a kernel's results on small adversarial problems and on its own sizes, against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from specattn_codegen import reference
+from specattn_codegen.calls import problem_call, select_call
+from specattn_codegen.check import Verdict, check_attention, check_selection
+from specattn_codegen.kernel import Call, Kernel
+from specattn_codegen.policy import TopK
+from specattn_codegen.problems import AttentionProblem, attention_problem, random_scores
+from specattn_codegen.results import Selection
+from specattn_codegen.spec import KernelSpec, Workload
+
+GARBAGE = 0xA5  # what a workspace holds before a launch, since nothing may depend on it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How far a proof goes. The oracle takes seconds for 32 thousand keys, so a workload is checked at a moderate
+    size: enough keys for several splits of every plan, and two requests.
+
+    keys      most keys of the workload's own problem
+    requests  most requests of it
+    ragged    keys before the rows of the longest ragged request
+    """
+
+    keys: int
+    requests: int
+    ragged: int
+
+
+ON_DEVICE = Extent(keys=2500, requests=2, ragged=693)
+INTERPRETED = Extent(keys=300, requests=1, ragged=130)
+
+
+def prove(
+    kernel: Kernel, *, workload: Workload, page_size: int, seed: int, device: str, extent: Extent = ON_DEVICE
+) -> Verdict:
+    """The worst verdict over every problem, or the first that fails."""
+    if kernel.spec.op == "select_kv":
+        verdicts = _selection_verdicts(kernel, workload, seed, device, extent)
+    else:
+        verdicts = _attention_verdicts(kernel, workload, page_size, seed, device, extent)
+    worst: Verdict | None = None
+    for verdict in verdicts:
+        if not verdict.passed:
+            return verdict
+        worst = verdict if worst is None or verdict.worst > worst.worst else worst
+    if worst is None:
+        raise RuntimeError("a proof without problems")
+    return worst
+
+
+def launch(kernel: Kernel, call: Call, device: str) -> None:
+    """One launch with a workspace of its own, full of garbage."""
+    workspace = torch.full((kernel.workspace_bytes(call),), GARBAGE, dtype=torch.uint8, device=device)
+    kernel.launch(call, workspace)
+
+
+def _attention_verdicts(
+    kernel: Kernel, workload: Workload, page_size: int, seed: int, device: str, extent: Extent
+) -> Iterator[Verdict]:
+    for problem in attention_problems(kernel.spec, workload, page_size, seed, extent):
+        call = problem_call(kernel.spec, moved(problem, device))
+        launch(kernel, call, device)
+        yield check_attention(kernel.spec, problem, call.out, call.lse, call.scores)
+
+
+def attention_problems(
+    spec: KernelSpec, workload: Workload, page_size: int, seed: int, extent: Extent
+) -> Iterator[AttentionProblem]:
+    """First ragged: an empty request, one without a prefix, a short one and one of several tiles, softmax peaked and
+    heads before slots in memory. Then the workload's own shape, at a moderate size."""
+    rows = workload.q_len
+    yield attention_problem(
+        spec,
+        q_lens=[rows, 1, rows, max(1, rows - 1)],
+        kv_lens=[rows + extent.ragged, 0, rows, rows + 30],
+        page_size=page_size,
+        seed=seed,
+        budget=min(workload.budget, extent.ragged // 3),
+        layout="hnd",
+        magnitude=4.0,
+    )
+    batch, keys = min(workload.batch, extent.requests), max(rows, min(workload.kv_len, extent.keys))
+    yield attention_problem(
+        spec,
+        q_lens=[rows] * batch,
+        kv_lens=[keys] * batch,
+        page_size=page_size,
+        seed=seed + 1,
+        budget=workload.budget * keys // workload.kv_len,
+    )
+
+
+def moved(problem: AttentionProblem, device: str) -> AttentionProblem:
+    """The problem with every tensor on `device`."""
+    tensors = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(problem)
+        if isinstance(value := getattr(problem, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(problem, **tensors)
+
+
+def _selection_verdicts(
+    kernel: Kernel, workload: Workload, seed: int, device: str, extent: Extent
+) -> Iterator[Verdict]:
+    rows = kernel.spec.selection_heads
+    prefix = max(1, min(workload.kv_len, extent.keys) - workload.q_len)
+    own = random_scores(1, rows, [prefix], prefix, seed)
+    yield _selection_verdict(kernel, own, [prefix], TopK(ratio=0.07), sink=4, recent=16, device=device)
+    # Few distinct scores, so that ties decide; an empty prefix, and one that the budget covers.
+    lengths = [extent.ragged, 0, 5, 64]
+    tied = torch.round(random_scores(len(lengths), rows, lengths, extent.ragged + 7, seed + 1) * 200)
+    yield _selection_verdict(kernel, tied, lengths, TopK(k=40), sink=3, recent=8, device=device)
+
+
+def _selection_verdict(
+    kernel: Kernel, scores: torch.Tensor, prefixes: list[int], policy: TopK, *, sink: int, recent: int, device: str
+) -> Verdict:
+    prefix_lens = torch.tensor(prefixes, dtype=torch.int32)
+    call = select_call(scores.to(device), prefix_lens.to(device), policy, sink=sink, recent=recent)
+    launch(kernel, call, device)
+    expected = reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent)
+    return check_selection(expected, Selection(call.indices, call.counts))

@@ -1,0 +1,108 @@
+"""Records: every trial of every tuning run as one JSON line, failures included. Append only."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from specattn_codegen import paths
+from specattn_codegen.arch import Arch
+from specattn_codegen.digest import canonical_json, digest
+from specattn_codegen.environment import Environment, Silicon
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.plan import Plan
+from specattn_codegen.spec import KernelSpec, Workload
+
+Stage = Literal["compile", "interpret", "measure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One trial.
+
+    stage         compile: for a GPU that is absent; interpret: a proof there; measure: proved and timed on the device
+    workload      None where it plays no part, as in compiling
+    outcome       what became of it
+    predicted_us  the cost model's time by workload; empty for anything but a compiled plan
+    """
+
+    stage: Stage
+    spec: KernelSpec
+    workload: Workload | None
+    plan: Plan
+    source_digest: str
+    silicon: Silicon
+    environment: Environment
+    outcome: Outcome
+    predicted_us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        return identity(
+            self.stage,
+            self.spec,
+            self.workload,
+            self.plan,
+            self.source_digest,
+            self.silicon,
+            self.environment,
+        )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether trying again would teach nothing; a machine under load may exceed a deadline once."""
+        return self.outcome.status is not Status.TIMEOUT
+
+
+def identity(
+    stage: Stage,
+    spec: KernelSpec,
+    workload: Workload | None,
+    plan: Plan,
+    source_digest: str,
+    silicon: Silicon,
+    environment: Environment,
+) -> str:
+    """Equal for trials that would give the same answer: same kernel, sizes, text, processor and compiler."""
+    return digest(stage, spec, workload, plan, source_digest, silicon, environment.compiler, environment.device)
+
+
+def records_path(arch: Arch, heads: HeadConfig) -> Path:
+    return paths.cache_dir() / "records" / arch.name / f"{heads.name}.jsonl"
+
+
+def read(path: Path) -> list[Record]:
+    """Every whole line, oldest first. One cut short by a crash or a full disk, or of another version, is no record."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [found for line in lines if (found := _decode(line)) is not None]
+
+
+def _decode(line: bytes) -> Record | None:
+    try:
+        return msgspec.json.decode(line, type=Record)
+    except (ValueError, RecursionError, OverflowError):
+        return None
+
+
+def append(path: Path, record: Record) -> None:
+    """One write of one line, so that writers do not mix. A torn last line is closed first. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        line = (b"\n" if torn else b"") + canonical_json(record).encode() + b"\n"
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Tuning for a GPU that is absent: cross-compile, rank by the cost model, prove the winners in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from specattn_codegen import cost_model, space
+from specattn_codegen.build.resources import Resources
+from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.pack import Entry
+from specattn_codegen.plan import Plan
+from specattn_codegen.record import Record
+from specattn_codegen.search import Search
+from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tune_session import (
+    Budget,
+    Listener,
+    Logbook,
+    Target,
+    Task,
+    Trial,
+    TuningJob,
+    compile_trial,
+    interpret_trial,
+    require_default,
+)
+from specattn_codegen.worker import WorkerPool
+
+COMPILE_SECONDS = 90.0
+PROOF_SECONDS = 240.0
+BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
+SEARCH_SHARE = 0.6  # of a task's time; the rest is for proofs
+# Predictions this close count as equal: the plan that takes less of the processor wins, and the default stays.
+MODEL_ERROR = 0.02
+
+
+def tune_modelled(
+    tasks: Sequence[Task],
+    target: Target,
+    budget: Budget,
+    logbook: Logbook,
+    listener: Listener,
+    publish: Callable[[Sequence[Entry]], None],
+) -> None:
+    """Publishes each task's winners as soon as they are proved; a task cut short by Ctrl-C publishes nothing."""
+    workers = os.cpu_count() or 1
+    with (
+        WorkerPool[TuningJob](
+            size=workers, deadline_s=COMPILE_SECONDS, environment={"TRITON_INTERPRET": None}
+        ) as compilers,
+        WorkerPool[TuningJob](
+            size=workers, deadline_s=PROOF_SECONDS, environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        ) as interpreters,
+    ):
+        for index, task in enumerate(tasks):
+            if budget.is_spent:
+                return
+            share = budget.seconds_left / (len(tasks) - index)
+            search_budget = budget
+            if math.isfinite(share):
+                search_budget = dataclasses.replace(budget, ends_at=budget.clock() + SEARCH_SHARE * share)
+            compiled = _compile(task, target, search_budget, logbook, listener, compilers)
+            winners = _proved_winners(task, compiled, target, budget, logbook, listener, interpreters)
+            publish(winners)
+            listener.task_done(task, winners)
+
+
+def _compile(
+    task: Task,
+    target: Target,
+    budget: Budget,
+    logbook: Logbook,
+    listener: Listener,
+    pool: WorkerPool[TuningJob],
+) -> dict[Plan, tuple[Resources, ...]]:
+    """Resources of every plan that compiles and fits, the default first."""
+    spec, arch = task.spec, target.arch
+    search = Search(spec, arch, target.backend, seeds=promising(task, target), trials=budget.trials, seed=budget.seed)
+
+    def predict(trial: Trial, outcome: Outcome) -> Mapping[str, float]:
+        if outcome.status is not Status.OK:
+            return {}
+        return {
+            workload.name: cost_model.predict(spec, workload, trial.plan, arch, outcome.resources).latency_us
+            for workload in task.workloads
+        }
+
+    listener.task_started(task, search.left)
+    compiled: dict[Plan, tuple[Resources, ...]] = {}
+    best: float | None = None
+    while plans := search.ask(BATCH):
+        for trial in logbook.run(pool, [compile_trial(spec, plan, target) for plan in plans], predict):
+            if trial.plan == space.default_plan(spec, arch, target.backend):
+                require_default(trial)
+            value: float | None = None
+            if trial.outcome.status is Status.OK:
+                compiled[trial.plan] = trial.outcome.resources
+                value = _typical_us(task, trial.plan, target, trial.outcome.resources)
+                best = value if best is None else min(best, value)
+            search.tell(trial.plan, value)
+            listener.trial_done(task, trial, best)
+        if budget.is_spent:
+            break
+    return compiled
+
+
+def promising(task: Task, target: Target) -> list[Plan]:
+    """The plan the model likes best for each workload before anything is compiled."""
+    feasible = list(space.feasible(task.spec, target.arch, target.backend))
+    guessed = {plan: cost_model.guess_resources(task.spec, plan, target.arch) for plan in feasible}
+    best = (
+        min(guessed, key=lambda plan: _predicted_us(task.spec, workload, plan, target, guessed[plan]))
+        for workload in task.workloads
+    )
+    return list(dict.fromkeys(best))
+
+
+def _predicted_us(
+    spec: KernelSpec, workload: Workload, plan: Plan, target: Target, resources: tuple[Resources, ...]
+) -> float:
+    return cost_model.predict(spec, workload, plan, target.arch, resources).latency_us
+
+
+def _typical_us(task: Task, plan: Plan, target: Target, resources: tuple[Resources, ...]) -> float:
+    """Geometric mean over the workloads, so that each counts by ratio."""
+    times = [_predicted_us(task.spec, workload, plan, target, resources) for workload in task.workloads]
+    return math.exp(sum(map(math.log, times)) / len(times))
+
+
+def choose(
+    task: Task, workload: Workload, compiled: Mapping[Plan, tuple[Resources, ...]], target: Target
+) -> Plan | None:
+    """The best predicted plan; among equals within MODEL_ERROR the default, else the one that takes least."""
+    if not compiled:
+        return None
+    times = {plan: _predicted_us(task.spec, workload, plan, target, taken) for plan, taken in compiled.items()}
+    equals = [plan for plan, time in times.items() if time <= min(times.values()) * (1 + MODEL_ERROR)]
+    default = space.default_plan(task.spec, target.arch, target.backend)
+    return default if default in equals else min(equals, key=lambda plan: (_footprint(compiled[plan]), str(plan)))
+
+
+def _footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:
+    return sum(kernel.smem_bytes for kernel in resources), sum(
+        kernel.registers * kernel.num_warps for kernel in resources
+    )
+
+
+def _proved_winners(
+    task: Task,
+    compiled: Mapping[Plan, tuple[Resources, ...]],
+    target: Target,
+    budget: Budget,
+    logbook: Logbook,
+    listener: Listener,
+    pool: WorkerPool[TuningJob],
+) -> list[Entry]:
+    """A winner that fails its proof is dropped and the next best takes its place, until all stand or time ends."""
+    standing, proved = dict(compiled), dict[Plan, Record]()
+    while not budget.is_spent:
+        winners = {workload: choose(task, workload, standing, target) for workload in task.workloads}
+        unproved = {plan: workload for workload, plan in winners.items() if plan and plan not in proved}
+        if not unproved:
+            return [
+                _entry(task.spec, workload, plan, compiled[plan], proved[plan], target, logbook)
+                for workload, plan in winners.items()
+                if plan is not None
+            ]
+        listener.proving(task, len(unproved))
+        proofs = [
+            interpret_trial(task.spec, plan, workload, target, budget.seed) for plan, workload in unproved.items()
+        ]
+        for proof in logbook.run(pool, proofs):
+            if proof.outcome.status is Status.OK:
+                proved[proof.plan] = proof
+            else:
+                del standing[proof.plan]
+    return []
+
+
+def _entry(
+    spec: KernelSpec,
+    workload: Workload,
+    plan: Plan,
+    resources: tuple[Resources, ...],
+    proof: Record,
+    target: Target,
+    logbook: Logbook,
+) -> Entry:
+    prediction = cost_model.predict(spec, workload, plan, target.arch, resources)
+    return Entry(
+        spec=spec,
+        workload=workload,
+        plan=plan,
+        chosen_by="modelled",
+        proved_by="interpreter" if proof.spec == spec else "interpreter-float16-twin",
+        latency_us=prediction.latency_us,
+        noise_us=0.0,
+        share_of_ceiling=prediction.share_of_ceiling,
+        resources=resources,
+        source_digest=logbook.source_digest(spec, plan),
+        environment=logbook.environment,
+    )

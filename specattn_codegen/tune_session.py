@@ -1,0 +1,181 @@
+"""What a tuning run shares: tasks, target, budget, listener, and a logbook in which no trial is run twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from specattn_codegen import environment, record
+from specattn_codegen.arch import Arch
+from specattn_codegen.environment import Environment
+from specattn_codegen.errors import BuildError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.jobs import CompileJob, InterpretJob, MeasureJob, interpreted_twin, render_for
+from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.pack import Entry
+from specattn_codegen.plan import Backend, Plan
+from specattn_codegen.record import Record, Stage
+from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.worker import WorkerPool
+
+TuningJob = CompileJob | InterpretJob | MeasureJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One search: a kernel and the sizes its winners are for."""
+
+    spec: KernelSpec
+    workloads: tuple[Workload, ...]
+
+    @property
+    def name(self) -> str:
+        only = f" {self.workloads[0].name}" if len(self.workloads) == 1 else ""
+        return f"{self.spec.name}{only}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is tuned for. is_present: the processor is here, so that its kernels are timed rather than modelled."""
+
+    arch: Arch
+    backend: Backend
+    is_present: bool
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """trials per task; ends_at on `clock`, for everything."""
+
+    trials: int
+    seed: int
+    ends_at: float | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def seconds_left(self) -> float:
+        return float("inf") if self.ends_at is None else max(0.0, self.ends_at - self.clock())
+
+    @property
+    def is_spent(self) -> bool:
+        return self.seconds_left <= 0
+
+
+class Listener(Protocol):
+    """Told what happens, for people to watch; decides nothing."""
+
+    def task_started(self, task: Task, trials: int) -> None: ...
+
+    def trial_done(self, task: Task, trial: Record, best_us: float | None) -> None: ...
+
+    def proving(self, task: Task, count: int) -> None: ...
+
+    def task_done(self, task: Task, winners: Sequence[Entry]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A job and what its record will say of it."""
+
+    stage: Stage
+    spec: KernelSpec
+    workload: Workload | None
+    plan: Plan
+    job: TuningJob
+
+
+def compile_trial(spec: KernelSpec, plan: Plan, target: Target) -> Trial:
+    job = CompileJob(spec=spec, plan=plan, arch=target.arch)
+    return Trial(stage="compile", spec=spec, workload=None, plan=plan, job=job)
+
+
+def interpret_trial(spec: KernelSpec, plan: Plan, workload: Workload, target: Target, seed: int) -> Trial:
+    job = InterpretJob(spec=spec, plan=plan, arch=target.arch, workload=workload, seed=seed)
+    return Trial(stage="interpret", spec=interpreted_twin(spec), workload=workload, plan=plan, job=job)
+
+
+def measure_trial(
+    spec: KernelSpec, plan: Plan, workload: Workload, target: Target, *, seed: int, seconds: float
+) -> Trial:
+    job = measure_job(spec, (plan,), workload, target, seed=seed, seconds=seconds)
+    return Trial(stage="measure", spec=spec, workload=workload, plan=plan, job=job)
+
+
+def measure_job(
+    spec: KernelSpec, plans: tuple[Plan, ...], workload: Workload, target: Target, *, seed: int, seconds: float
+) -> MeasureJob:
+    return MeasureJob(
+        spec=spec,
+        plans=plans,
+        arch=target.arch,
+        workload=workload,
+        page_size=target.page_size,
+        seed=seed,
+        seconds=seconds,
+    )
+
+
+@dataclass(slots=True)
+class Logbook:
+    """Trials of one HeadConfig on one processor: what is recorded already is not run again."""
+
+    target: Target
+    path: Path
+    environment: Environment
+    known: dict[str, Record] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, target: Target, heads: HeadConfig) -> Logbook:
+        path = record.records_path(target.arch, heads)
+        device = target.arch.source if target.is_present else None
+        book = cls(target, path, environment.current(target.backend, device))
+        book.known = {trial.identity: trial for trial in record.read(path) if trial.is_settled}
+        return book
+
+    def run(
+        self,
+        pool: WorkerPool[TuningJob],
+        trials: Sequence[Trial],
+        predict: Callable[[Trial, Outcome], Mapping[str, float]] | None = None,
+    ) -> list[Record]:
+        """The records of `trials`, in their order. Those that have to run are appended to the file as they finish."""
+        empty = [self._record(trial, Outcome(status=Status.INVALID), {}) for trial in trials]
+        waiting = {
+            trial.job: trial for trial, blank in zip(trials, empty, strict=True) if blank.identity not in self.known
+        }
+        fresh: dict[str, Record] = {}
+        for job, outcome in pool.run(list(waiting)):
+            trial = waiting[job]
+            finished = self._record(trial, outcome, predict(trial, outcome) if predict else {})
+            record.append(self.path, finished)
+            fresh[finished.identity] = finished
+        for identity, finished in fresh.items():
+            if finished.is_settled:
+                self.known[identity] = finished
+        return [fresh.get(blank.identity) or self.known[blank.identity] for blank in empty]
+
+    def source_digest(self, spec: KernelSpec, plan: Plan) -> str:
+        return render_for(spec, plan, self.target.arch).digest
+
+    def _record(self, trial: Trial, outcome: Outcome, predicted_us: Mapping[str, float]) -> Record:
+        return Record(
+            stage=trial.stage,
+            spec=trial.spec,
+            workload=trial.workload,
+            plan=trial.plan,
+            source_digest=self.source_digest(trial.spec, trial.plan),
+            silicon=environment.silicon(self.target.arch),
+            environment=self.environment,
+            outcome=outcome,
+            predicted_us=predicted_us,
+        )
+
+
+def require_default(trial: Record) -> None:
+    """The default plan is made to build everywhere, so when it does not, the machine is at fault, not the plan."""
+    if trial.outcome.status is Status.COMPILE:
+        raise BuildError(trial.outcome.detail)
