@@ -1,0 +1,153 @@
+"""load_kernels as a user calls it: the documented example, clear refusals, caller-owned memory, torch operators."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cases import poisoned
+from specattn_codegen import HeadConfig, ScoreSpec, SpecError, reference
+from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.results import Selection, VerifyOutput
+from specattn_codegen.spec import KernelSpec
+from specattn_runtime import Kernels, TopK, load_kernels, torch_ops
+
+HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
+SPEC = KernelSpec(op="sparse_attention", heads=HEADS, selection="kv_head")
+SCORE = ScoreSpec(rows="all", heads="kv_head", value="weight")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return load_kernels(HEADS, device="cpu", dtype=torch.float32, page_size=16)
+
+
+@pytest.fixture
+def problem() -> AttentionProblem:
+    return attention_problem(SPEC, q_lens=[3, 2], kv_lens=[300, 40], page_size=16, seed=0, budget=20)
+
+
+def inputs(p: AttentionProblem) -> tuple[torch.Tensor, ...]:
+    return p.q, p.k_cache, p.v_cache, p.page_table, p.kv_lens, p.cu_q
+
+
+def test_verify_select_sparse_as_documented(kernels: Kernels, problem: AttentionProblem) -> None:
+    verified = kernels.verify_attention(*inputs(problem), max_q=3, score=SCORE)
+    expected = reference.verify_attention(*inputs(problem), heads=HEADS, score=SCORE, max_kv=problem.max_kv)
+    assert verified.scores is not None
+    assert expected.scores is not None
+    torch.testing.assert_close(verified.out.double(), expected.out, atol=1e-5, rtol=1e-5)
+    prefix_lens = problem.tail_start
+    chosen = kernels.select_kv(verified.scores, prefix_lens, TopK(ratio=0.05, min=16), sink=4, recent=8)
+    assert chosen.counts.tolist() == [[16, 16], [16, 16]]
+    out, lse = kernels.sparse_attention(*inputs(problem), chosen, problem.tail_start, max_q=3)
+    sparse = reference.sparse_attention(*inputs(problem), chosen, problem.tail_start, heads=HEADS)
+    torch.testing.assert_close(out.double(), sparse.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), sparse.lse, atol=1e-5, rtol=1e-5)
+
+
+def test_callers_memory_is_used_and_nothing_else(kernels: Kernels, problem: AttentionProblem) -> None:
+    out = VerifyOutput(torch.empty(5, 8, 32), torch.empty(5, 8), torch.full((2, 2, problem.max_kv), float("nan")))
+    result = kernels.verify_attention(*inputs(problem), max_q=3, score=SCORE, out=out, workspace=poisoned(1 << 22))
+    assert result.out.data_ptr() == out.out.data_ptr()
+    assert out.scores is not None
+    assert out.scores[0, :, :297].isfinite().all()
+    with pytest.raises(SpecError, match="workspace"):
+        kernels.verify_attention(*inputs(problem), max_q=3, workspace=poisoned(16))
+
+
+def test_a_missing_entry_warns_once_and_strict_raises(
+    problem: AttentionProblem, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("SPECATTN_CONFIG_DIR", str(tmp_path))
+    heads = HeadConfig(num_q_heads=2, num_kv_heads=2, head_dim=8)
+    spec = KernelSpec(op="verify_attention", heads=heads)
+    p = attention_problem(spec, q_lens=[1], kv_lens=[9], page_size=4, seed=1)
+    with caplog.at_level(logging.WARNING, logger="specattn"):
+        fresh = load_kernels(heads, page_size=4)
+        fresh.verify_attention(*inputs(p), max_q=1)
+        fresh.verify_attention(*inputs(p), max_q=1, score=SCORE)
+    assert len(caplog.records) == 1
+    assert "specattn-tune --heads 2,2,8 --gpu cpu" in caplog.text
+    assert set(fresh.rungs.values()) == {"default"}
+    with pytest.raises(SpecError, match="specattn-tune"):
+        load_kernels(heads, page_size=4, strict=True).verify_attention(*inputs(p), max_q=1)
+
+
+def test_batch_invariant_kernels_use_one_plan_for_every_size() -> None:
+    kernels = load_kernels(HEADS, page_size=16, batch_invariant=True)
+    for kv_len in (20, 3000):
+        p = attention_problem(SPEC, q_lens=[1], kv_lens=[kv_len], page_size=16, seed=2, budget=4)
+        kernels.verify_attention(*inputs(p), max_q=1)
+    assert len(kernels.rungs) == 1
+
+
+Change = Callable[[AttentionProblem], dict[str, object]]
+BAD_INPUTS: dict[str, tuple[Change, str]] = {
+    "dtype": (lambda p: {"q": p.q.half()}, r"q is torch.float16"),
+    "rows shape": (lambda p: {"q": p.q[:, :4]}, r"q has shape \(5, 4, 32\)"),
+    "page size": (lambda p: {"k_cache": p.k_cache[:, :8]}, r"k_cache has shape"),
+    "table dtype": (lambda p: {"page_table": p.page_table.long()}, r"page_table is torch.int64"),
+    "lengths": (lambda p: {"kv_lens": p.kv_lens + 100_000}, r"max_kv=\d+: a request has"),
+    "cu_q": (lambda p: {"cu_q": p.cu_q + 1}, r"cu_q=\["),
+    "max_q": (lambda _: {"max_q": 1}, r"max_q=1: a request has 3 rows"),
+    "max_kv": (lambda _: {"max_kv": 10**9}, r"max_kv=1000000000"),
+    "stride": (lambda p: {"q": p.q.repeat_interleave(2, dim=2)[:, :, ::2]}, r"last stride 2"),
+    "sinks": (lambda _: {"sinks": torch.zeros(8)}, r"leave sinks out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs_get_one_clear_error(kernels: Kernels, problem: AttentionProblem, name: str) -> None:
+    change, words = BAD_INPUTS[name]
+    names = ("q", "k_cache", "v_cache", "page_table", "kv_lens", "cu_q")
+    arguments: dict[str, object] = dict(zip(names, inputs(problem), strict=True)) | {"max_q": 3} | change(problem)
+    with pytest.raises(SpecError, match=words):
+        kernels.verify_attention(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_bad_selections_are_refused(kernels: Kernels, problem: AttentionProblem) -> None:
+    wrong_rows = Selection(torch.zeros(2, 3, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(SpecError, match="3 rows per request"):
+        kernels.sparse_attention(*inputs(problem), wrong_rows, problem.tail_start, max_q=3)
+    blocks = Selection(torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), block=16)
+    with pytest.raises(SpecError, match="block=16"):
+        kernels.sparse_attention(*inputs(problem), blocks, problem.tail_start, max_q=3)
+    with pytest.raises(SpecError, match="sink=-1"):
+        kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), TopK(k=2), sink=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"page_size": 0}, "page_size=0"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"device": "meta"}, "meta"),
+    ],
+)
+def test_bad_load_arguments(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        load_kernels(HEADS, **arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_operators_pass_opcheck_and_equal_the_kernels(kernels: Kernels, problem: AttentionProblem) -> None:
+    p, scale = problem, HEADS.scale
+    assert p.indices is not None
+    assert p.counts is not None
+    calls = {
+        torch.ops.specattn.verify_attention.default: (*inputs(p), 3, scale, -1, 0.0, 0, None, "all", "kv_head"),
+        torch.ops.specattn.sparse_attention.default: (*inputs(p), p.indices, p.counts, p.tail_start, 3, scale),
+        torch.ops.specattn.select_topk.default: (torch.rand(2, 2, 50), torch.tensor([50, 20], dtype=torch.int32), 5),
+    }
+    for operator, arguments in calls.items():
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+    out, lse, scores = torch_ops.verify_attention(*inputs(p), 3, scale, score_rows="all")
+    expected = kernels.verify_attention(*inputs(p), max_q=3, score=SCORE)
+    assert expected.scores is not None
+    assert torch.equal(out, expected.out)
+    assert torch.equal(lse, expected.lse)
+    assert torch.equal(scores[0, :, :297], expected.scores[0, :, :297])
+    assert (scores[0, :, 297:] == 0).all()
