@@ -1,4 +1,4 @@
-"""Registers, stack and code size of a GPU binary, read with the vendor's own words. Knows nothing of how it was built."""
+"""What a GPU binary takes, read from its vendor's own listing. Knows nothing of how the binary was built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton: imports a rendered file and adapts its `launch` to a Kernel. Compiling for an absent GPU is cross_compile's."""
+"""Triton: imports a rendered file and adapts its `launch` to a Kernel. cross_compile serves GPUs that are absent."""
 
 from __future__ import annotations
 

@@ -50,12 +50,14 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
 
 
 def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
-    for block_m, block_n, num_stages in itertools.product(_block_m_choices(spec), (64, 32, 16), (3, 2, 1)):
+    for block_m, block_n, num_stages, num_warps in itertools.product(
+        _block_m_choices(spec), (64, 32, 16), (3, 2, 1), (4, 8)
+    ):
         plan = Plan.of(
             "triton",
             block_m=block_m,
             block_n=block_n,
-            num_warps=4,
+            num_warps=num_warps,
             num_stages=num_stages,
             ctas_per_sm=BLOCKS_PER_SM,
         )
@@ -66,9 +68,9 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
 
 
 def _block_m_choices(spec: KernelSpec) -> tuple[int, ...]:
-    """Tiles that hold the expected rows of one KV head at once, then smaller ones."""
+    """Tiles that hold the expected rows of one KV head at once, then smaller ones; float32 has registers for few."""
     rows = EXPECTED_ROWS if spec.op == "verify_attention" else 1
-    wanted = min(64, max(16, padded(rows * spec.heads.group)))
+    wanted = 16 if spec.dtype == "float32" else min(64, padded(rows * spec.heads.group))
     return tuple(block_m for block_m in (64, 32, 16) if block_m <= wanted)
 
 
@@ -80,24 +82,26 @@ def padded(extent: int) -> int:
 def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
     """Shared memory of the main loop: the K and V tiles in flight, the queries, and the weights on their way to V."""
     dim, v_dim = padded(spec.heads.head_dim), padded(spec.heads.v_head_dim)
-    block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
-    in_flight = _tiles_in_flight(plan, arch) * block_n * (dim + v_dim)
-    queries = 0 if arch.vendor == "amd" else block_m * dim  # which AMD keeps in registers
+    block_m, block_n, num_stages = (plan.integer(name) for name in ("block_m", "block_n", "num_stages"))
     weights = block_m * block_n
-    return spec.dtype_bytes * (in_flight + queries + weights)
-
-
-def _tiles_in_flight(plan: Plan, arch: Arch) -> int:
-    """The tile being read keeps its buffer only where the tensor cores read it from shared memory (wgmma, tcgen05)."""
-    num_stages = plan.integer("num_stages")
-    reads_shared = arch.compute_capability in (90, 100) and plan.integer("block_m") >= 64
-    return num_stages if reads_shared else max(1, num_stages - 1)
+    if arch.vendor == "amd":  # queries stay in registers; without stages K and V take turns
+        in_flight = block_n * (max(dim, v_dim) if num_stages == 1 else (num_stages - 1) * (dim + v_dim))
+        return spec.dtype_bytes * (in_flight + weights)
+    # The tile being used keeps its buffer only where tensor cores read shared memory (wgmma, tcgen05).
+    reads_shared = arch.compute_capability in (90, 100) and block_m >= 64
+    tiles = num_stages if reads_shared else max(1, num_stages - 1)
+    return spec.dtype_bytes * (tiles * block_n * (dim + v_dim) + block_m * dim + weights)
 
 
 def score_smem_bytes(plan: Plan, spec: KernelSpec) -> int:
     """Shared memory of the kernel that reads the keys a second time: a tile of keys and one of queries."""
     rows = plan.integer("score_block_n") + plan.integer("block_m")
     return spec.dtype_bytes * rows * padded(spec.heads.head_dim)
+
+
+def _has_scalar_products(spec: KernelSpec, arch: Arch) -> bool:
+    """NVIDIA's tensor cores round float32 to TF32, so exact products go through scalar FMAs, unrolled over head_dim."""
+    return spec.dtype == "float32" and arch.vendor == "nvidia"
 
 
 def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
@@ -120,7 +124,13 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
 
 def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     block_m, block_n, num_warps = (plan.integer(name) for name in ("block_m", "block_n", "num_warps"))
-    if block_m * block_n < 128 * num_warps:  # one m16n8 product is a warp's smallest piece of work
+    if _has_scalar_products(spec, arch):
+        per_thread = block_m * block_n / (num_warps * arch.warp_size)
+        if per_thread > 2:
+            return f"float32 products of {block_m} rows and {block_n} keys spill with num_warps={num_warps}; use more"
+        if per_thread < 1:
+            return f"num_warps={num_warps} cannot share the float32 products of {block_m} rows and {block_n} keys"
+    elif block_m * block_n < 128 * num_warps:  # one m16n8 product is a warp's smallest piece of work
         return f"num_warps={num_warps} cannot share a tile of {block_m} rows and {block_n} keys"
     needed = smem_bytes(plan, spec, arch)
     if spec.score is not None and plan["score_method"] == "remat":
