@@ -60,7 +60,7 @@ def test_callers_memory_is_used_and_nothing_else(kernels: Kernels, problem: Atte
 
 
 def test_a_missing_entry_warns_once_and_strict_raises(
-    problem: AttentionProblem, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setenv("SPECATTN_CONFIG_DIR", str(tmp_path))
     heads = HeadConfig(num_q_heads=2, num_kv_heads=2, head_dim=8)
