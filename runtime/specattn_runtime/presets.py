@@ -56,7 +56,13 @@ PRESETS = {
             min_budget=256,
             sink=4,
         ),
-        Preset(name="dense", summary="no speculation, one token a pass", score=None, min_budget=0, drafts=False),
+        Preset(
+            name="dense",
+            summary="no drafts, one token a pass",
+            score=ScoreSpec(rows="ends", heads="layer"),  # of the prompt's last rows only, as in a speculative run
+            min_budget=0,
+            drafts=False,
+        ),
     )
 }
 PLANNED = ("draft-guided", "nsa-verify")

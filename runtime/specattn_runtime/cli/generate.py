@@ -20,7 +20,7 @@ from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.engine import generate, warm_up
 from specattn_runtime.generation import first_difference
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.presets import Preset, preset_named
+from specattn_runtime.presets import PRESETS, Preset, preset_named
 from specattn_runtime.reference_kernels import ReferenceKernels
 from specattn_runtime.tokens import codec_of
 
@@ -31,7 +31,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-HELP = """Decode with a Hugging Face Llama: draft with few keys, verify with all, get the text dense decoding gives.
+PRESET_LINES = "\n".join(f"  {preset.name:<10} {preset.summary}" for preset in PRESETS.values())
+HELP = f"""Decode with a Hugging Face Llama: draft with few keys, verify with all, get the text dense decoding gives.
 
 Prints the text, then tokens a second, the drafts accepted per round, and the passes over the full KV cache beside the
 number of tokens. Greedy. Without a tokenizer.json a token is a byte, and nothing but --max-new-tokens ends the text.
@@ -45,10 +46,7 @@ Examples:
 
 \b
 Presets:
-  vegas      scores of the first and last verify row, one selection per layer
-  pillar     scores of all verify rows, one selection per KV head
-  streaming  no scores: the first keys and a window of the newest
-  dense      no drafts, one token a pass
+{PRESET_LINES}
 
 Exit codes: 0, 1 when --compare-dense finds a difference, 2 for bad input, 130 for Ctrl-C.
 """
@@ -108,8 +106,9 @@ def command(
     kernels = _kernels(kernels_name, llama.config.heads, dtype, page_size)
     prompts = [codec.encode(text)]
 
-    with Console(stderr=True).status("building kernels"):
-        warm_up(llama, kernels, prompts, spec)
+    if not isinstance(kernels, ReferenceKernels):
+        with Console(stderr=True).status("building kernels"):
+            warm_up(llama, kernels, prompts, spec)
     with Console(stderr=True).status("decoding"):
         runs = {spec.preset.name: generate(llama, kernels, prompts, spec)}
         dense = generate(llama, kernels, prompts, spec.without_drafts()) if compare_dense else None
