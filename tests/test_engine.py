@@ -22,7 +22,7 @@ from specattn_runtime.presets import PRESETS
 from specattn_runtime.reference_kernels import ReferenceKernels
 from specattn_runtime.round import Decoder
 from specattn_runtime.stopwatch import Stopwatch
-from tiny_models import STRETCHED, TRAINED, wavy_llama
+from tiny_models import STRETCHED, TRAINED, one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 SPECULATIVE = ["vegas", "pillar", "streaming"]
 CODE = b"""class Reader:

@@ -13,7 +13,7 @@ from specattn_runtime.cli.report import identical_line
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.generation import Difference, Generation, RequestResult
 from specattn_runtime.presets import PRESETS
-from tiny_models import TRAINED, save_checkpoint
+from tiny_models import TRAINED, one_thread, save_checkpoint  # noqa: F401 - a fixture that applies by being here
 
 PROMPT = "import os\n\n\ndef size_of(path):\n    return os."
 

@@ -14,7 +14,7 @@ from specattn_runtime.llama import Attention, Llama
 from specattn_runtime.paged_cache import PagedCache, Rows
 from specattn_runtime.phases import Prefill, Verify
 from specattn_runtime.reference_kernels import ReferenceKernels
-from tiny_models import CONFIG, STRETCHED, TRAINED, save_checkpoint
+from tiny_models import CONFIG, STRETCHED, TRAINED, one_thread, save_checkpoint  # noqa: F401 - a fixture that applies by being here
 
 PROMPT = (
     b"def read_lines(path):\n    with open(path) as stream:\n        return [line.rstrip() for line in stream]\n\n\ncla"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -45,6 +47,15 @@ STRETCHED: dict[str, object] = {
         "original_max_position_embeddings": 64,
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that import it: models this small lose more to waking threads than they gain by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def wavy_tensors(config: LlamaConfig) -> dict[str, torch.Tensor]:
