@@ -13,7 +13,7 @@ import torch
 
 from specattn_codegen import reference
 from specattn_codegen.problems import AttentionProblem
-from specattn_codegen.results import Selection
+from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec
 
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -79,35 +79,37 @@ def _verdict(errors: dict[str, float]) -> Verdict:
     return Verdict(passed=worst <= 1.0, worst=worst, detail=f"error / tolerance: {detail}")
 
 
+def expect_attention(spec: KernelSpec, problem: AttentionProblem) -> VerifyOutput:
+    """What the float64 reference gives; slow for long requests, so callers that check many kernels keep it."""
+    common = (problem.q, problem.k_cache, problem.v_cache, problem.page_table, problem.kv_lens, problem.cu_q)
+    if spec.op == "verify_attention":
+        return reference.verify_attention(
+            *common, heads=spec.heads, score=spec.score, max_kv=problem.max_kv, sinks=problem.sinks
+        )
+    if problem.indices is None or problem.counts is None:
+        raise TypeError("a sparse_attention problem carries a selection")
+    selection = Selection(problem.indices, problem.counts)
+    found = reference.sparse_attention(*common, selection, problem.tail_start, heads=spec.heads, sinks=problem.sinks)
+    return VerifyOutput(found.out, found.lse, None)
+
+
 def check_attention(
     spec: KernelSpec,
     problem: AttentionProblem,
     out: torch.Tensor,
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
+    expected: VerifyOutput | None = None,
 ) -> Verdict:
     """Compares out, lse and (where the spec scores) the prefix columns of scores with the float64 reference."""
-    common = (problem.q, problem.k_cache, problem.v_cache, problem.page_table, problem.kv_lens, problem.cu_q)
-    if spec.op == "verify_attention":
-        expected = reference.verify_attention(
-            *common, heads=spec.heads, score=spec.score, max_kv=problem.max_kv, sinks=problem.sinks
-        )
-        expected_scores = expected.scores
-    else:
-        if problem.indices is None or problem.counts is None:
-            raise TypeError("a sparse_attention problem carries a selection")
-        selection = Selection(problem.indices, problem.counts)
-        expected = reference.sparse_attention(
-            *common, selection, problem.tail_start, heads=spec.heads, sinks=problem.sinks
-        )
-        expected_scores = None
+    expected = expected or expect_attention(spec, problem)
     allowed = tolerance(spec, problem, expected.out, expected.lse)
     errors = {"out": _excess(out, expected.out, allowed.out), "lse": _excess(lse, expected.lse, allowed.lse)}
-    if expected_scores is not None:
+    if expected.scores is not None:
         if scores is None:
             raise TypeError("the spec asks for scores and the kernel gave none")
-        written = ~expected_scores.isnan()
-        want = expected_scores[written]
+        written = ~expected.scores.isnan()
+        want = expected.scores[written]
         errors["scores"] = _excess(scores.cpu()[written], want, want * allowed.scores_relative + allowed.scores_floor)
     return _verdict(errors)
 

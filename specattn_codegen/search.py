@@ -30,7 +30,7 @@ class Search:
     def __init__(
         self, spec: KernelSpec, arch: Arch, backend: Backend, *, seeds: Sequence[Plan], trials: int, seed: int
     ) -> None:
-        self._spec, self._arch, self._backend = spec, arch, backend
+        self._backend: Backend = backend
         self._axes = space.axes(spec, backend)
         default = space.default_plan(spec, arch, backend)
         feasible = list(space.feasible(spec, arch, backend))

@@ -1,4 +1,4 @@
-"""Tuning on the processor at hand: every candidate is built, proved and timed; a winner beats the default beyond noise."""
+"""Tuning on the processor at hand: candidates are built, proved and timed; a winner beats the default beyond noise."""
 
 from __future__ import annotations
 

@@ -133,13 +133,20 @@ def _typical_us(task: Task, plan: Plan, target: Target, resources: tuple[Resourc
 def choose(
     task: Task, workload: Workload, compiled: Mapping[Plan, tuple[Resources, ...]], target: Target
 ) -> Plan | None:
-    """The best predicted plan; among equals within MODEL_ERROR the default, else the one that takes least."""
+    """The best predicted plan. Among equals within MODEL_ERROR the default; else the one that is best over all of the
+    task's workloads, so that few binaries serve many sizes; else the one that takes least."""
     if not compiled:
         return None
     times = {plan: _predicted_us(task.spec, workload, plan, target, taken) for plan, taken in compiled.items()}
     equals = [plan for plan, time in times.items() if time <= min(times.values()) * (1 + MODEL_ERROR)]
     default = space.default_plan(task.spec, target.arch, target.backend)
-    return default if default in equals else min(equals, key=lambda plan: (_footprint(compiled[plan]), str(plan)))
+    if default in equals:
+        return default
+
+    def preference(plan: Plan) -> tuple[float, tuple[int, int], str]:
+        return _typical_us(task, plan, target, compiled[plan]), _footprint(compiled[plan]), str(plan)
+
+    return min(equals, key=preference)
 
 
 def _footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:

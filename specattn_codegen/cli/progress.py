@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +95,9 @@ def microseconds(value: float) -> str:
 def closing_table(entries: Sequence[Entry]) -> Table:
     """op, workload, plan, time, share of the ceiling, and how the time is known."""
     table = Table(box=box.SIMPLE)
-    for title in ("op", "workload", "plan"):
-        table.add_column(title, overflow="fold")
+    table.add_column("op", no_wrap=True)
+    table.add_column("workload", no_wrap=True)
+    table.add_column("plan")
     for title in ("time", "of ceiling"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("label", no_wrap=True)
@@ -106,7 +108,7 @@ def closing_table(entries: Sequence[Entry]) -> Table:
             short_plan(entry),
             microseconds(entry.latency_us),
             f"{entry.share_of_ceiling:.0%}",
-            f"{entry.chosen_by}, {entry.proved_by}",
+            entry.chosen_by,
         )
     return table
 
@@ -115,10 +117,15 @@ def short_plan(entry: Entry) -> str:
     return " ".join(f"{name}={value}" for name, value in entry.plan.settings)
 
 
-def closing_lines(packs: Sequence[Path], device: str, labels: set[str]) -> list[str]:
-    """Where the packs are, and what their times are worth."""
+def closing_lines(packs: Sequence[Path], device: str, entries: Sequence[Entry]) -> list[str]:
+    """What the times and results are worth, and where the packs are."""
     meaning = {
         "measured": f"measured: timed on {device}, after their results agreed with the float64 oracle",
-        "modelled": f"modelled: compiled for {device}, which is not here, and ranked by the cost model; nothing was timed",
+        "modelled": f"modelled: compiled for {device}, which is not here, ranked by the cost model; nothing was timed",
     }
-    return [*(meaning[label] for label in sorted(labels)), *(f"pack: {path}" for path in packs)]
+    proofs = Counter(entry.proved_by for entry in entries)
+    return [
+        *(meaning[label] for label in sorted({entry.chosen_by for entry in entries})),
+        "proved by: " + ", ".join(f"{proof} ({count})" for proof, count in sorted(proofs.items())),
+        *(f"pack: {path}" for path in packs),
+    ]

@@ -83,15 +83,14 @@ def command(
     tune_all(kinds, target, dtype, ops or OPS, budget, folder)
 
 
-def find_target(gpu: str, backend: Backend | None, page_size: int) -> Target:
+def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
     if page_size < 1:
         raise SpecError(f"--page-size {page_size}: must be at least 1 key; {DEFAULT_PAGE_SIZE} is usual")
     arch, is_present = find_arch(gpu)
     served = space.backends_for(arch)
-    chosen = next((known for known in served if backend in (None, known)), None)
-    if chosen is None:
-        raise SpecError(f"--backend {backend}: does not run on {arch.name}; use {', '.join(served)}, or leave it out")
-    return Target(arch=arch, backend=chosen, is_present=is_present, page_size=page_size)
+    if wanted is not None and wanted not in served:
+        raise SpecError(f"--backend {wanted}: does not run on {arch.name}; use {', '.join(served)}, or leave it out")
+    return Target(arch=arch, backend=wanted or served[0], is_present=is_present, page_size=page_size)
 
 
 def find_arch(gpu: str) -> tuple[Arch, bool]:
@@ -168,8 +167,7 @@ def report(screen: Console, progress: TuningProgress, target: Target, packs: lis
         return
     screen.print(closing_table(progress.winners))
     device = target.arch.source.removeprefix("this machine: ") if target.is_present else target.arch.name
-    labels = {entry.chosen_by for entry in progress.winners}
-    for line in closing_lines([path for path in packs if path.exists()], device, labels):
+    for line in closing_lines([path for path in packs if path.exists()], device, progress.winners):
         screen.print(line, markup=False, soft_wrap=True)
     if progress.unfinished:
         screen.print(f"stopped early: {progress.unfinished} searches were not finished", markup=False)
