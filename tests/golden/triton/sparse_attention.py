@@ -1,0 +1,326 @@
+"""sparse_attention: the rows of every request over its selected keys and a dense tail of its paged KV cache.
+
+heads  32 query heads on 8 KV heads (4 to a group), head_dim 128
+cache  bfloat16, pages of 16 keys, any strides but a unit last one
+chosen one selection per request and KV head: logical positions, -1 padded
+
+A row at position p sees the selected keys before tail_start and every key from tail_start to p. The two form one list,
+selection first, that is split between blocks: attend_splits writes partial results and merge_splits combines them.
+
+Grids come from bounds; lengths and counts are read on the device, so a captured launch stays right for any within them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NUM_Q_HEADS = tl.constexpr(32)
+NUM_KV_HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)  # query heads that share a KV head
+HEAD_DIM = tl.constexpr(128)
+BLOCK_DIM = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
+V_HEAD_DIM = tl.constexpr(128)
+BLOCK_V_DIM = tl.constexpr(128)
+PAGE_SIZE = tl.constexpr(16)  # keys
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept in base 2
+
+BLOCK_M = tl.constexpr(16)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
+BLOCK_N = tl.constexpr(64)  # keys of an iteration
+MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
+ALIGNMENT = 256  # bytes; of every scratch array
+
+
+@triton.jit
+def keys_per_split(num_keys, num_splits):
+    """Whole tiles and at least one, so that splits past a request's keys are empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width):
+    """Number of selected keys, start of the dense tail, and length of the list of both."""
+    count = tl.load(counts + request * stride_counts + kv_head)
+    count = tl.minimum(tl.maximum(count, 0), width)
+    num_keys = tl.maximum(kv_len, 0)
+    tail = tl.minimum(tl.maximum(tl.load(tail_start + request), 0), num_keys)
+    return count, tail, count + num_keys - tail
+
+
+@triton.jit
+def read_places(selection, table, start, end, count, tail):
+    """Positions of one tile of the list, -1 for none, and their pages."""
+    places = start + tl.arange(0, BLOCK_N)
+    chosen = tl.load(selection + places, mask=places < tl.minimum(count, end), other=-1)
+    # A selected key of the tail would count twice, and a negative one stands for none.
+    keys = tl.where(places < count, tl.where(chosen < tail, chosen, -1), tail + places - count)
+    keys = tl.where(places < end, keys, -1)
+    return keys, tl.load(table + keys // PAGE_SIZE, mask=keys >= 0, other=0).to(tl.int64)
+
+
+@triton.jit
+def tile_logits(q, k):
+    """Base-2 logits of a tile: q [M, D], k [D, N] -> [M, N] float32."""
+    return tl.dot(q, k) * LOGIT_SCALE
+
+
+@triton.jit
+def fold_tile(acc, row_max, row_sum, logits, v):
+    """One step of the online softmax: logits [M, N] and v [N, Dv] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    return acc, new_max, row_sum
+
+
+# Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "stride_indices_request",
+        "stride_indices_row",
+        "stride_counts",
+        "width",
+        "total_q",
+        "num_splits",
+    ]
+)
+def attend_splits(
+    q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+    k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+    v_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, V_HEAD_DIM]
+    page_table: "*i32",  # [batch, max_pages]
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    indices: "*i32",  # [batch, NUM_KV_HEADS, width]
+    counts: "*i32",  # [batch, NUM_KV_HEADS]
+    tail_start: "*i32",  # [batch]
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    stride_q_row: "i64",
+    stride_q_head: "i64",
+    stride_k_page: "i64",
+    stride_k_slot: "i64",
+    stride_k_head: "i64",
+    stride_v_page: "i64",
+    stride_v_slot: "i64",
+    stride_v_head: "i64",
+    stride_table: "i64",
+    stride_indices_request: "i64",
+    stride_indices_row: "i64",
+    stride_counts: "i64",
+    width: "i32",
+    total_q: "i64",
+    num_splits: "i32",
+):
+    """One tile of packed rows over one split of the list; programs are (tile x KV head, split, request)."""
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS
+    split = tl.program_id(1)
+    request = tl.program_id(2)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    if tile * BLOCK_M >= q_len * GROUP:
+        return
+    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width)
+    chunk = keys_per_split(listed, num_splits)
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, listed)
+    if begin >= end:
+        return
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    live = rows < q_len
+    dims = tl.arange(0, BLOCK_DIM)
+    q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
+    q_tile = tl.load(q + q_offsets[:, None] + dims[None, :], mask=live[:, None], other=0.0)
+    positions = kv_len - q_len + rows
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    table = page_table + request * stride_table
+    selection = indices + request * stride_indices_request + kv_head * stride_indices_row
+    k_head = k_cache + kv_head * stride_k_head
+    v_head = v_cache + kv_head * stride_v_head
+    acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    keys, pages = read_places(selection, table, begin, end, count, tail)
+    for start in tl.range(begin, end, BLOCK_N):
+        inside = keys >= 0
+        k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
+        v_offsets = pages * stride_v_page + (keys % PAGE_SIZE) * stride_v_slot
+        # Slots outside are read as zero: what lies there may be NaN, and 0 * NaN is NaN.
+        k = tl.load(k_head + k_offsets[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
+        v = tl.load(v_head + v_offsets[:, None] + v_dims[None, :], mask=inside[:, None], other=0.0)
+        logits = tile_logits(q_tile, k)
+        visible = inside[None, :] & (keys[None, :] <= positions[:, None])
+        # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
+        # loads that are not get every stage of the pipeline.
+        keys, pages = read_places(selection, table, start + BLOCK_N, end, count, tail)
+        logits = tl.where(visible, logits, NEG_INF)
+        acc, row_max, row_sum = fold_tile(acc, row_max, row_sum, logits, v)
+
+    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    row_out = acc / row_sum[:, None]
+    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
+
+
+@triton.jit(do_not_specialize=["stride_counts", "width", "total_q", "num_splits"])
+def merge_splits(
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    counts: "*i32",  # [batch, NUM_KV_HEADS]
+    tail_start: "*i32",  # [batch]
+    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    stride_out_row: "i64",
+    stride_out_head: "i64",
+    stride_counts: "i64",
+    width: "i32",
+    total_q: "i64",
+    num_splits: "i32",
+):
+    """One row of one head out of its partial results; programs are (row, head, request)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    if row >= q_len:
+        return
+    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, head // GROUP, kv_len, width)
+    used_splits = tl.cdiv(listed, keys_per_split(listed, num_splits))
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
+    total_max = tl.full([], NEG_INF, tl.float32)
+    total_sum = tl.full([], 0.0, tl.float32)
+    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
+        splits = first_split + tl.arange(0, MERGE_SPLITS)
+        used = splits < used_splits
+        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
+        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
+        split_out = tl.load(
+            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
+            mask=used[:, None],
+            other=0.0,
+        )
+        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
+        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weights = tl.exp2(split_lse - shift)
+        rescale = tl.exp2(total_max - shift)
+        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
+        total_sum = total_sum * rescale + tl.sum(weights, 0)
+        total_max = new_max
+    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    tl.store(
+        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
+        (acc / total_sum).to(out.dtype.element_ty),
+    )
+    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
+
+
+# The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
+# Without fusing multiplications into additions, results do not change with what else a function computes.
+KERNELS = {
+    attend_splits: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    merge_splits: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+}
+
+
+def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
+    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
+
+
+def scratch_bytes(total_q: int, splits: int) -> list[int]:
+    """Bytes of each scratch array, in the order in which they lie in the workspace."""
+    partials = splits * total_q * NUM_Q_HEADS.value
+    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in (partials * V_HEAD_DIM.value * 4, partials * 4)]
+
+
+def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Bytes of scratch that a launch of these sizes needs."""
+    return sum(scratch_bytes(total_q, num_splits(batch, max_q, max_kv, num_sms)))
+
+
+def launch(
+    *,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    tail_start: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: torch.Tensor,
+    max_q: int,
+    max_kv: int,
+    num_sms: int,
+) -> None:
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
+    total_q, batch, width = q.shape[0], kv_lens.shape[0], indices.shape[2]
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    sizes = scratch_bytes(total_q, splits)
+    partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
+    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        kv_lens,
+        cu_q,
+        indices,
+        counts,
+        tail_start,
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        page_table.stride(0),
+        indices.stride(0),
+        indices.stride(1),
+        counts.stride(0),
+        width,
+        total_q,
+        splits,
+        **KERNELS[attend_splits],
+    )
+    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        kv_lens,
+        cu_q,
+        counts,
+        tail_start,
+        out,
+        lse,
+        out.stride(0),
+        out.stride(1),
+        counts.stride(0),
+        width,
+        total_q,
+        splits,
+        **KERNELS[merge_splits],
+    )

@@ -1,0 +1,364 @@
+"""verify_attention: the rows of every request over its whole paged KV cache, with the scores of its prefix keys.
+
+heads  32 query heads on 8 KV heads (4 to a group), head_dim 128
+cache  bfloat16, pages of 16 keys, any strides but a unit last one
+scores mean attention weight over the first and the last row and all query heads
+
+Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
+between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
+
+attend_splits also keeps the weights it saw, which score_keys rescales to the final log-sum-exp and averages.
+
+Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NUM_Q_HEADS = tl.constexpr(32)
+NUM_KV_HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)  # query heads that share a KV head
+HEAD_DIM = tl.constexpr(128)
+BLOCK_DIM = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
+V_HEAD_DIM = tl.constexpr(128)
+BLOCK_V_DIM = tl.constexpr(128)
+PAGE_SIZE = tl.constexpr(16)  # keys
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept in base 2
+
+BLOCK_M = tl.constexpr(32)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
+BLOCK_N = tl.constexpr(64)  # keys of an iteration
+MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
+ALIGNMENT = 256  # bytes; of every scratch array
+SCORE_HEADS = tl.constexpr(32)  # query heads averaged into one score
+SCORE_BLOCK_M = tl.constexpr(16)  # packed rows of a score tile
+SCORE_BLOCK_N = tl.constexpr(64)  # keys of a score tile
+
+
+@triton.jit
+def keys_per_split(num_keys, num_splits):
+    """Whole tiles and at least one, so that splits past a request's keys are empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def read_pages(table, start, end):
+    """Pages of the keys of one tile; entries past the end are not followed."""
+    keys = start + tl.arange(0, BLOCK_N)
+    return tl.load(table + keys // PAGE_SIZE, mask=keys < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def tile_logits(q, k):
+    """Base-2 logits of a tile: q [M, D], k [D, N] -> [M, N] float32."""
+    return tl.dot(q, k) * LOGIT_SCALE
+
+
+@triton.jit
+def fold_tile(acc, row_max, row_sum, logits, v):
+    """One step of the online softmax: logits [M, N] and v [N, Dv] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    return acc, new_max, row_sum, weights, shift
+
+
+@triton.jit
+def scored_row(rank, q_len):
+    """Row of the request that is its rank-th scored one: the first, then the last."""
+    return rank * (q_len - 1)
+
+
+# Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
+@triton.jit(do_not_specialize=["stride_table", "total_q", "num_splits", "dump_columns"])
+def attend_splits(
+    q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+    k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+    v_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, V_HEAD_DIM]
+    page_table: "*i32",  # [batch, max_pages]
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    dump: "*fp16",  # [2 * batch, NUM_Q_HEADS, dump_columns] weights relative to their tile's maximum
+    dump_max: "*fp32",  # [2 * batch, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
+    stride_q_row: "i64",
+    stride_q_head: "i64",
+    stride_k_page: "i64",
+    stride_k_slot: "i64",
+    stride_k_head: "i64",
+    stride_v_page: "i64",
+    stride_v_slot: "i64",
+    stride_v_head: "i64",
+    stride_table: "i64",
+    total_q: "i64",
+    num_splits: "i32",
+    dump_columns: "i64",
+):
+    """One tile of packed rows over one split of the keys; programs are (tile x KV head, split, request)."""
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS
+    split = tl.program_id(1)
+    request = tl.program_id(2)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    prefix = kv_len - q_len  # position of the first row
+    if tile * BLOCK_M >= q_len * GROUP:
+        return
+    chunk = keys_per_split(kv_len, num_splits)
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, kv_len)
+    if begin >= end:
+        return
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    live = rows < q_len
+    dims = tl.arange(0, BLOCK_DIM)
+    q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
+    q_tile = tl.load(q + q_offsets[:, None] + dims[None, :], mask=live[:, None], other=0.0)
+    positions = prefix + rows
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    table = page_table + request * stride_table
+    k_head = k_cache + kv_head * stride_k_head
+    v_head = v_cache + kv_head * stride_v_head
+    dump_rows = (request * 2 + tl.where(rows > 0, 1, 0)) * NUM_Q_HEADS + heads
+    dumped = live & ((rows == 0) | (rows == q_len - 1))
+    acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    pages = read_pages(table, begin, end)
+    for start in tl.range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
+        v_offsets = pages * stride_v_page + (keys % PAGE_SIZE) * stride_v_slot
+        # Slots outside are read as zero: what lies there may be NaN, and 0 * NaN is NaN.
+        k = tl.load(k_head + k_offsets[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
+        v = tl.load(v_head + v_offsets[:, None] + v_dims[None, :], mask=inside[:, None], other=0.0)
+        # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
+        # loads that are not get every stage of the pipeline.
+        pages = read_pages(table, start + BLOCK_N, end)
+        logits = tile_logits(q_tile, k)
+        visible = keys[None, :] <= positions[:, None]
+        logits = tl.where(visible, logits, NEG_INF)
+        acc, row_max, row_sum, weights, shift = fold_tile(acc, row_max, row_sum, logits, v)
+        kept = dumped[:, None] & (keys < prefix)[None, :]
+        tl.store(dump + dump_rows[:, None] * dump_columns + keys[None, :], weights.to(dump.dtype.element_ty), mask=kept)
+        dump_tiles = dump_rows * (dump_columns // BLOCK_N) + start // BLOCK_N
+        tl.store(dump_max + dump_tiles, shift, mask=dumped & (start < prefix))
+
+    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    row_out = acc / row_sum[:, None]
+    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
+
+
+@triton.jit(do_not_specialize=["total_q", "num_splits"])
+def merge_splits(
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    stride_out_row: "i64",
+    stride_out_head: "i64",
+    total_q: "i64",
+    num_splits: "i32",
+):
+    """One row of one head out of its partial results; programs are (row, head, request)."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    if row >= q_len:
+        return
+    num_keys = tl.maximum(kv_len, 0)
+    used_splits = tl.cdiv(num_keys, keys_per_split(num_keys, num_splits))
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
+    total_max = tl.full([], NEG_INF, tl.float32)
+    total_sum = tl.full([], 0.0, tl.float32)
+    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
+        splits = first_split + tl.arange(0, MERGE_SPLITS)
+        used = splits < used_splits
+        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
+        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
+        split_out = tl.load(
+            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
+            mask=used[:, None],
+            other=0.0,
+        )
+        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
+        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weights = tl.exp2(split_lse - shift)
+        rescale = tl.exp2(total_max - shift)
+        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
+        total_sum = total_sum * rescale + tl.sum(weights, 0)
+        total_max = new_max
+    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    tl.store(
+        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
+        (acc / total_sum).to(out.dtype.element_ty),
+    )
+    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
+
+
+@triton.jit(do_not_specialize=["stride_scores_request", "stride_scores_row", "dump_columns"])
+def score_keys(
+    dump: "*fp16",  # [2 * batch, NUM_Q_HEADS, dump_columns] weights relative to their tile's maximum
+    dump_max: "*fp32",  # [2 * batch, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    scores: "*fp32",  # [batch, 1, max_kv]
+    stride_scores_request: "i64",
+    stride_scores_row: "i64",
+    dump_columns: "i64",
+):
+    """The scores of one tile of prefix keys out of the kept weights; programs are (tile, score row, request)."""
+    start = tl.program_id(0) * SCORE_BLOCK_N
+    score_row = tl.program_id(1)
+    request = tl.program_id(2)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    prefix = tl.load(kv_lens + request) - q_len
+    if (q_len == 0) | (start >= prefix):
+        return
+
+    keys = start + tl.arange(0, SCORE_BLOCK_N)
+    kept = keys < prefix
+    num_scored = tl.minimum(q_len, 2)  # rows
+    total = tl.zeros([SCORE_BLOCK_N], tl.float32)
+    for first_packed in tl.range(0, num_scored * SCORE_HEADS, SCORE_BLOCK_M):
+        packed = first_packed + tl.arange(0, SCORE_BLOCK_M)
+        live = packed < num_scored * SCORE_HEADS
+        ranks = packed // SCORE_HEADS
+        heads = score_row * SCORE_HEADS + packed % SCORE_HEADS
+        rows = scored_row(ranks, q_len)
+        row_lse = tl.load(lse + (first_row + rows) * NUM_Q_HEADS + heads, mask=live, other=0.0) * LOG2E
+        dump_rows = (request * 2 + ranks) * NUM_Q_HEADS + heads
+        read = live[:, None] & kept[None, :]
+        weights = tl.load(dump + dump_rows[:, None] * dump_columns + keys[None, :], mask=read, other=0.0)
+        tile_max = tl.load(
+            dump_max + dump_rows[:, None] * (dump_columns // BLOCK_N) + (keys // BLOCK_N)[None, :], mask=read, other=0.0
+        )
+        total += tl.sum(weights.to(tl.float32) * tl.exp2(tile_max - row_lse[:, None]), 0)
+    # A fixed denominator: a key outside a row's window counts as weight 0.
+    mean = total / (num_scored * SCORE_HEADS)
+    tl.store(scores + request * stride_scores_request + score_row * stride_scores_row + keys, mean, mask=keys < prefix)
+
+
+# The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
+# Without fusing multiplications into additions, results do not change with what else a function computes.
+KERNELS = {
+    attend_splits: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    merge_splits: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+    score_keys: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+}
+
+
+def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
+    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
+
+
+def scratch_bytes(total_q: int, batch: int, max_kv: int, splits: int) -> list[int]:
+    """Bytes of each scratch array, in the order in which they lie in the workspace."""
+    partials = splits * total_q * NUM_Q_HEADS.value
+    dumped = 2 * batch * NUM_Q_HEADS.value
+    tiles = triton.cdiv(max_kv, BLOCK_N.value)
+    arrays = [partials * V_HEAD_DIM.value * 4, partials * 4, dumped * tiles * BLOCK_N.value * 2, dumped * tiles * 4]
+    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in arrays]
+
+
+def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Bytes of scratch that a launch of these sizes needs."""
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    return sum(scratch_bytes(total_q, batch, max_kv, splits))
+
+
+def launch(
+    *,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    workspace: torch.Tensor,
+    max_q: int,
+    max_kv: int,
+    num_sms: int,
+) -> None:
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
+    total_q, batch = q.shape[0], kv_lens.shape[0]
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    sizes = scratch_bytes(total_q, batch, max_kv, splits)
+    partial_out, partial_lse, dump, dump_max = workspace[: sum(sizes)].split(sizes)
+    dump_columns = triton.cdiv(max_kv, BLOCK_N.value) * BLOCK_N.value
+    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        kv_lens,
+        cu_q,
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        dump.view(torch.float16),
+        dump_max.view(torch.float32),
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        page_table.stride(0),
+        total_q,
+        splits,
+        dump_columns,
+        **KERNELS[attend_splits],
+    )
+    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        kv_lens,
+        cu_q,
+        out,
+        lse,
+        out.stride(0),
+        out.stride(1),
+        total_q,
+        splits,
+        **KERNELS[merge_splits],
+    )
+    score_keys[(triton.cdiv(max_kv, SCORE_BLOCK_N.value), scores.shape[1], batch)](
+        dump.view(torch.float16),
+        dump_max.view(torch.float32),
+        kv_lens,
+        cu_q,
+        lse,
+        scores,
+        scores.stride(0),
+        scores.stride(1),
+        dump_columns,
+        **KERNELS[score_keys],
+    )

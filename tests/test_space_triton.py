@@ -1,0 +1,92 @@
+"""Triton's search space: default plans exist and are valid everywhere, and each rule says why it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from cases import HEADS
+from specattn_codegen import gpus, space
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, ScoreSpec
+
+LLAMA = HEADS[32, 8, 128]
+GEMMA = HeadConfig(num_q_heads=8, num_kv_heads=4, head_dim=256, softcap=50.0, window=4096)
+VERIFY = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", page_size=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [*HEADS.values(), GEMMA], ids=lambda heads: heads.name)
+def test_default_plans_are_valid_on_every_gpu(heads: HeadConfig, dtype: Dtype) -> None:
+    specs = [
+        KernelSpec(op="verify_attention", heads=heads, dtype=dtype, page_size=16, score=ScoreSpec()),
+        KernelSpec(op="sparse_attention", heads=heads, dtype=dtype, page_size=16, selection="layer"),
+        KernelSpec(op="select_kv", heads=heads, selection="kv_head"),
+    ]
+    for name in gpus.names():
+        arch = gpus.find(name)
+        for spec in specs:
+            plan = space.default_plan(spec, arch, "triton")
+            assert space.why_invalid(plan, spec, arch) is None, (name, str(plan))
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "reason"),
+    [
+        ("l4", {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 4}, "bytes of shared memory"),
+        ("h100", {"block_m": 64, "block_n": 128, "num_warps": 2, "num_stages": 1}, "registers a thread"),
+        ("h100", {"block_m": 16, "block_n": 16, "num_warps": 8, "num_stages": 1}, "cannot share a tile"),
+    ],
+)
+def test_hopeless_plans_are_refused_with_a_reason(arch: str, changes: dict[str, int], reason: str) -> None:
+    gpu = gpus.find(arch)
+    plan = space.default_plan(VERIFY, gpu, "triton").replace(**changes)
+    assert reason in (space.why_invalid(plan, VERIFY, gpu) or "")
+
+
+def test_float32_is_refused_where_scalar_products_spill() -> None:
+    spec = KernelSpec(op="verify_attention", heads=LLAMA, dtype="float32", page_size=16)
+    h100, mi300x = gpus.find("h100"), gpus.find("mi300x")
+    large = space.default_plan(spec, h100, "triton").replace(block_m=32, block_n=32, num_warps=4, num_stages=1)
+    assert "float32 products" in (space.why_invalid(large, spec, h100) or "")
+    assert space.why_invalid(large, spec, mi300x) is None  # whose matrix cores multiply float32
+
+
+def test_a_block_of_1024_threads_has_half_the_warps_on_amd() -> None:
+    spec = KernelSpec(op="select_kv", heads=LLAMA, selection="layer")
+    plan = space.default_plan(spec, gpus.find("h100"), "triton").replace(num_warps=32)
+    assert space.why_invalid(plan, spec, gpus.find("h100")) is None
+    assert "1024" in (space.why_invalid(plan, spec, gpus.find("mi300x")) or "")
+
+
+def test_a_kernel_without_a_page_size_is_refused() -> None:
+    spec = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16")
+    plan = space.default_plan(VERIFY, gpus.find("h100"), "triton")
+    assert "page size" in (space.why_invalid(plan, spec, gpus.find("h100")) or "")
+
+
+def test_head_dims_beyond_any_tile_are_refused() -> None:
+    spec = KernelSpec(
+        op="verify_attention",
+        heads=HeadConfig(num_q_heads=8, num_kv_heads=8, head_dim=1024),
+        dtype="float32",
+        page_size=16,
+    )
+    with pytest.raises(SpecError, match="head_dim=1024"):
+        space.default_plan(spec, gpus.find("mi300x"), "triton")
+
+
+def test_a_second_pass_that_needs_too_much_shared_memory_is_refused() -> None:
+    spec = KernelSpec(op="verify_attention", heads=GEMMA, dtype="bfloat16", page_size=16, score=ScoreSpec())
+    gpu = gpus.find("l4")
+    plan = space.default_plan(spec, gpu, "triton").replace(score_method="remat", score_block_n=256)
+    assert "bytes of shared memory" in (space.why_invalid(plan, spec, gpu) or "")
+    assert space.why_invalid(plan.replace(score_method="dump"), spec, gpu) is None
+
+
+def test_every_axis_has_feasible_values() -> None:
+    """Each value of each axis occurs in some valid plan, so that none is there for nothing."""
+    spec = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", page_size=16, score=ScoreSpec())
+    plans = list(space.feasible(spec, gpus.find("h100"), "triton"))
+    for axis in space.axes(spec, "triton"):
+        assert {plan[axis.name] for plan in plans} == set(axis.values), axis.name

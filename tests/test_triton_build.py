@@ -1,0 +1,128 @@
+"""Loading rendered Triton, and that a launch and what a cross-compiler is told cannot drift apart."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import triton.runtime
+from triton.runtime.interpreter import InterpretedFunction
+
+from specattn_codegen import paths
+from specattn_codegen.build import triton as build_triton
+from specattn_codegen.errors import BuildError
+from specattn_codegen.kernel import SelectCall
+from specattn_codegen.plan import Plan
+from specattn_codegen.policy import TopK
+from specattn_codegen.problems import attention_problem
+from specattn_codegen.render import Source, render
+from specattn_codegen.spec import KernelSpec, ScoreSpec
+from triton_cases import DEVICE, SMALL, attention_kernel, plan_for, run, sparse_spec, verify_spec
+
+POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+SELECT = KernelSpec(op="select_kv", heads=SMALL, selection="kv_head")
+SPECS = {
+    "plain": (verify_spec(SMALL), {}),
+    "remat": (verify_spec(SMALL, ScoreSpec()), {"score_method": "remat"}),
+    "dump": (verify_spec(SMALL, ScoreSpec(rows="ends")), {"score_method": "dump"}),
+    "sparse": (sparse_spec(SMALL), {}),
+}
+
+
+def _select_call() -> SelectCall:
+    return SelectCall(
+        scores=torch.zeros(1, 2, 8, device=DEVICE),
+        prefix_lens=torch.tensor([8], dtype=torch.int32, device=DEVICE),
+        policy=TopK(k=4),
+        sink=0,
+        recent=0,
+        indices=torch.zeros(1, 2, 4, dtype=torch.int32, device=DEVICE),
+        counts=torch.zeros(1, 2, dtype=torch.int32, device=DEVICE),
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Every launch instead of its execution: the device function, its arguments and its options."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
+        launches.append((kernel, args, options))
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", record)
+    return launches
+
+
+def _types_agree(annotation: str, argument: object) -> bool:
+    if isinstance(argument, torch.Tensor):
+        return annotation == POINTERS[argument.dtype]
+    return isinstance(argument, int) and annotation in ("i32", "i64")
+
+
+@pytest.mark.parametrize("name", [*SPECS, "select"])
+def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list[Any]) -> None:
+    if name == "select":
+        plan = Plan.of("triton", block_n=1024, num_warps=4, radix_bits=8)
+        kernel = build_triton.load(render(SELECT, plan, "triton"))
+        kernel.launch(_select_call(), torch.empty(0, dtype=torch.uint8, device=DEVICE))
+    else:
+        spec, changes = SPECS[name]
+        kernel = attention_kernel(spec, **changes)
+        problem = attention_problem(spec, q_lens=[2], kv_lens=[40], page_size=16, seed=0, budget=8)
+        run(kernel, problem)
+    assert [function for function, _, _ in launched] == list(kernel.module.KERNELS)
+    for function, arguments, options in launched:
+        assert options == kernel.module.KERNELS[function]
+        annotations = function.fn.__annotations__
+        assert len(arguments) == len(annotations)
+        for parameter, argument in zip(annotations, arguments, strict=True):
+            assert _types_agree(annotations[parameter], argument), (function.__name__, parameter)
+
+
+def test_a_source_is_imported_from_the_cache_once() -> None:
+    source = render(verify_spec(SMALL), plan_for(verify_spec(SMALL)), "triton")
+    first, second = build_triton.import_source(source), build_triton.import_source(source)
+    assert first is second
+    folder = paths.cache_dir() / "kernels" / "triton" / source.digest
+    assert (folder / "verify_attention.py").read_text() == source.text
+
+
+def test_rendering_is_deterministic_and_plans_differ_in_their_digests() -> None:
+    spec = verify_spec(SMALL, ScoreSpec())
+    digests: dict[str, Source] = {}
+    for block_m, method in itertools.product((16, 32), ("remat", "dump")):
+        plan = plan_for(spec, block_m=block_m, score_method=method)
+        source = render(spec, plan, "triton")
+        assert source.text == render(spec, plan, "triton").text
+        digests[source.digest] = source
+    assert len(digests) == 4
+
+
+def test_a_machine_without_gpu_or_interpreter_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(build_triton, "is_interpreted", lambda: False)
+    with pytest.raises(BuildError, match="--backend cpu"):
+        build_triton.load(render(verify_spec(SMALL), plan_for(verify_spec(SMALL)), "triton"))
+
+
+def test_kernels_refuse_the_call_of_another_operation() -> None:
+    kernel = attention_kernel(verify_spec(SMALL))
+    with pytest.raises(TypeError, match="AttentionCall"):
+        kernel.launch(_select_call(), torch.empty(0, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="AttentionCall"):
+        kernel.workspace_bytes(_select_call())
+
+
+def test_workspace_is_sized_by_rows_and_splits() -> None:
+    kernel = attention_kernel(verify_spec(SMALL))
+    sizes = {"batch": 3, "max_q": 5, "max_kv": 4096}
+    one = kernel.module.workspace_bytes(total_q=15, num_sms=1, **sizes)
+    many = kernel.module.workspace_bytes(total_q=15, num_sms=50, **sizes)
+    splits = kernel.module.num_splits(3, 5, 4096, 50)
+    assert splits == 8 * 50 // (1 * 2 * 3)  # ctas_per_sm * SMs over tiles of rows, KV heads and requests
+    partial = 15 * 4 * 32 * 4  # rows, heads, value dim, float32
+    assert one >= partial
+    assert partial * splits <= many <= (partial + 15 * 4 * 4) * splits + 2 * 256
