@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
@@ -35,9 +37,11 @@ class Source:
         return SUFFIX[self.plan.backend]
 
 
-def _environment() -> jinja2.Environment:
+@functools.cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """Kept, as parsing a template takes far longer than filling it in."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(paths.templates_dir()),
+        loader=jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -56,7 +60,7 @@ def c_float(value: float) -> str:
 
 def render_text(template: str, **context: object) -> str:
     """A template of the templates folder with its variables; a variable nobody gave is a bug and raises."""
-    return _environment().get_template(template).render(**context)
+    return _environment(paths.templates_dir()).get_template(template).render(**context)
 
 
 def render(spec: KernelSpec, plan: Plan, target: str) -> Source:
