@@ -108,6 +108,14 @@ def test_a_machine_without_gpu_or_interpreter_says_what_to_do(monkeypatch: pytes
         build_triton.load(render(verify_spec(SMALL), plan_for(verify_spec(SMALL)), "triton"))
 
 
+def test_an_interpreter_that_numpy_broke_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_triton, "is_interpreted", lambda: True)
+    monkeypatch.setattr(build_triton.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(build_triton.np, "__version__", "2.4.6")
+    with pytest.raises(BuildError, match=r"numpy<2\.4"):
+        build_triton.load(render(verify_spec(SMALL), plan_for(verify_spec(SMALL)), "triton"))
+
+
 def test_kernels_refuse_the_call_of_another_operation() -> None:
     kernel = attention_kernel(verify_spec(SMALL))
     with pytest.raises(TypeError, match="AttentionCall"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler.errors import CompilationError
@@ -48,8 +49,8 @@ def cross_compile(source: Source, arch: Arch) -> tuple[Resources, ...]:
 
 def _compile_all(source: Source, arch: Arch) -> tuple[Resources, ...]:
     kernels: dict[JITFunction, dict[str, int]] = import_source(source).KERNELS
-    with tempfile.TemporaryDirectory() as scratch, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = scratch  # what is worth keeping is kept above
+    with tempfile.TemporaryDirectory() as scratch, knobs.cache.scope():
+        knobs.cache.dir = scratch  # what is worth keeping is kept above
         return tuple(
             _resources(_compile(kernel, options, arch), arch, Path(scratch)) for kernel, options in kernels.items()
         )
@@ -81,7 +82,7 @@ def _resources(compiled: CompiledKernel, arch: Arch, scratch: Path) -> Resources
         binary: bytes = compiled.asm["cubin"]
         cubin = scratch / f"{compiled.name}.cubin"
         cubin.write_bytes(binary)
-        usage = cubin_usage(cubin, compiled.name, triton.knobs.nvidia.cuobjdump.path)
+        usage = cubin_usage(cubin, compiled.name, knobs.nvidia.cuobjdump.path)
     else:
         binary = compiled.asm["hsaco"]
         usage = amdgcn_usage(compiled.asm["amdgcn"])

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import triton
+from triton import knobs
 
 from specattn_codegen import paths
 from specattn_codegen.build.store import publish
@@ -26,7 +28,11 @@ INTERPRETER_SMS = 4  # what the interpreter stands for: enough that small proble
 
 def is_interpreted() -> bool:
     """Whether functions imported from now on run in Triton's interpreter (TRITON_INTERPRET=1)."""
-    return triton.knobs.runtime.interpret
+    return knobs.runtime.interpret
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def import_source(source: Source) -> ModuleType:
@@ -117,6 +123,11 @@ def load(source: Source) -> AttentionKernel | SelectKernel:
         raise BuildError(
             "Triton kernels need an NVIDIA or AMD GPU and this process sees none; use --backend cpu, "
             "or set TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
+        )
+    if is_interpreted() and _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
+        raise BuildError(
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__}; "
+            "install numpy<2.4 or Triton 3.7"
         )
     module = import_source(source)
     if source.spec.op == "select_kv":
