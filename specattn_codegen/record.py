@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from specattn_codegen import paths
 from specattn_codegen.arch import Arch
-from specattn_codegen.digest import canonical_json, digest
+from specattn_codegen.digest import canonical_json
 from specattn_codegen.environment import Environment, Silicon
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Outcome, Status
@@ -21,6 +21,19 @@ from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec, Workload
 
 Stage = Literal["compile", "interpret", "measure"]
+
+
+class Identity(NamedTuple):
+    """Equal for trials that would give the same answer. Compared, not digested: 50 and 50.0 are one softcap."""
+
+    stage: Stage
+    spec: KernelSpec
+    workload: Workload | None
+    plan: Plan
+    source_digest: str
+    silicon: Silicon
+    compiler: str
+    device: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,37 +57,7 @@ class Record:
     predicted_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def identity(self) -> str:
-        return identity(
-            self.stage,
-            self.spec,
-            self.workload,
-            self.plan,
-            self.source_digest,
-            self.silicon,
-            self.environment,
-        )
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether trying again would teach nothing; a machine under load may exceed a deadline once."""
-        return self.outcome.status is not Status.TIMEOUT
-
-
-def identity(
-    stage: Stage,
-    spec: KernelSpec,
-    workload: Workload | None,
-    plan: Plan,
-    source_digest: str,
-    silicon: Silicon,
-    environment: Environment,
-) -> str:
-    """Equal for trials that would give the same answer: same kernel, sizes, text, processor and compiler."""
-    return digest(stage, spec, workload, plan, source_digest, silicon, environment.compiler, environment.device)
-
-
-def records_path(arch: Arch, heads: HeadConfig) -> Path:
+    def records_path(arch: Arch, heads: HeadConfig) -> Path:
     return paths.cache_dir() / "records" / arch.name / f"{heads.name}.jsonl"
 
 

@@ -17,7 +17,7 @@ from specattn_codegen.jobs import CompileJob, InterpretJob, MeasureJob, interpre
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Backend, Plan
-from specattn_codegen.record import Record, Stage
+from specattn_codegen.record import Identity, Record, Stage
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.worker import WorkerPool
 
@@ -126,7 +126,7 @@ class Logbook:
     target: Target
     path: Path
     environment: Environment
-    known: dict[str, Record] = field(default_factory=dict)
+    known: dict[Identity, Record] = field(default_factory=dict)
 
     @classmethod
     def open(cls, target: Target, heads: HeadConfig) -> Logbook:
@@ -147,7 +147,7 @@ class Logbook:
         waiting = {
             trial.job: trial for trial, blank in zip(trials, empty, strict=True) if blank.identity not in self.known
         }
-        fresh: dict[str, Record] = {}
+        fresh: dict[Identity, Record] = {}
         for job, outcome in pool.run(list(waiting)):
             trial = waiting[job]
             finished = self._record(trial, outcome, predict(trial, outcome) if predict else {})
