@@ -57,7 +57,25 @@ class Record:
     predicted_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def records_path(arch: Arch, heads: HeadConfig) -> Path:
+    def identity(self) -> Identity:
+        return Identity(
+            self.stage,
+            self.spec,
+            self.workload,
+            self.plan,
+            self.source_digest,
+            self.silicon,
+            self.environment.compiler,
+            self.environment.device,
+        )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether trying again would teach nothing; a machine under load may exceed a deadline once."""
+        return self.outcome.status is not Status.TIMEOUT
+
+
+def records_path(arch: Arch, heads: HeadConfig) -> Path:
     return paths.cache_dir() / "records" / arch.name / f"{heads.name}.jsonl"
 
 
