@@ -1,0 +1,77 @@
+"""Search: proposals, on a space whose best plan is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from specattn_codegen import gpus, space
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.plan import Plan
+from specattn_codegen.search import Search
+from specattn_codegen.spec import KernelSpec, ScoreSpec
+
+ARCH = gpus.find("h100")
+HEADS = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)
+SCORED = KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16, score=ScoreSpec())
+SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
+POSITIONS = {axis.name: {value: at for at, value in enumerate(axis.values)} for axis in space.axes(SCORED, "triton")}
+BEST = list(space.feasible(SCORED, ARCH, "triton"))[1234]
+
+
+def cost(plan: Plan) -> float:
+    """One bowl over the positions of the axes, its bottom at BEST."""
+    return 1.0 + sum((at[plan[name]] - at[BEST[name]]) ** 2 for name, at in POSITIONS.items())
+
+
+def explore(search: Search, batch: int = 1) -> list[Plan]:
+    plans: list[Plan] = []
+    while asked := search.ask(batch):
+        for plan in asked:
+            plans.append(plan)
+            search.tell(plan, cost(plan))
+    return plans
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_finds_the_best_of_thousands_in_a_hundred_and_tries_nothing_twice(seed: int) -> None:
+    plans = explore(Search(SCORED, ARCH, "triton", seeds=(), trials=100, seed=seed), batch=4)
+    assert len(plans) == len(set(plans)) == 100
+    assert all(space.why_invalid(plan, SCORED, ARCH) is None for plan in plans)
+    assert min(map(cost, plans)) == cost(BEST) == 1.0
+
+
+def test_the_default_comes_first_and_the_seeds_next() -> None:
+    plans = explore(Search(SCORED, ARCH, "triton", seeds=(BEST, BEST), trials=5, seed=0))
+    assert plans[:2] == [space.default_plan(SCORED, ARCH, "triton"), BEST]
+    assert len(plans) == len(set(plans)) == 5
+
+
+def test_equal_seeds_propose_equally() -> None:
+    first, second, other = (
+        explore(Search(SCORED, ARCH, "triton", seeds=(), trials=20, seed=seed)) for seed in (7, 7, 8)
+    )
+    assert first == second != other
+
+
+def test_a_small_space_is_swept_whole() -> None:
+    feasible = set(space.feasible(SELECT, ARCH, "triton"))
+    search = Search(SELECT, ARCH, "triton", seeds=(), trials=10_000, seed=0)
+    seen: list[Plan] = []
+    while plans := search.ask(3):
+        seen.extend(plans)
+        for plan in plans:
+            search.tell(plan, None)
+    assert len(seen) == len(feasible)
+    assert set(seen) == feasible
+
+
+def test_every_plan_failing_still_ends_and_repeats_nothing() -> None:
+    spec = dataclasses.replace(SELECT, selection="layer")
+    search = Search(spec, ARCH, "triton", seeds=(), trials=20, seed=0)
+    seen: list[Plan] = []
+    while plans := search.ask(1):
+        seen.extend(plans)
+        search.tell(plans[0], None)
+    assert len(seen) == len(set(seen)) == 20
