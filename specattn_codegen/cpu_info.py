@@ -19,9 +19,10 @@ from specattn_codegen.digest import digest
 from specattn_codegen.render import render_text
 
 # What each target's compiler flags need of the processor, widest first.
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}
 NEEDS = {
-    "avx512-bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "amx-bf16": {"amx_tile", "amx_bf16", "avx512_bf16", *_AVX512},
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "generic": set[str](),
 }
@@ -43,7 +44,15 @@ def _cpuinfo() -> dict[str, str]:
 def instruction_set() -> str:
     """The widest target this processor runs."""
     flags = set(_cpuinfo().get("flags", "").split())
+    if "amx_tile" in flags and not _tiles_are_lent():
+        flags.remove("amx_tile")
     return next(target for target, needed in NEEDS.items() if needed <= flags)
+
+
+def _tiles_are_lent() -> bool:
+    """Linux lends AMX tile registers on request; containers and old kernels may refuse (arch_prctl(2))."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def core_count() -> int:

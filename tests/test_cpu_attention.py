@@ -22,10 +22,10 @@ SMALL = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 
 
 def kernel_for(spec: KernelSpec, target: str | None = None, changes: dict[str, Setting] | None = None) -> cpu.CpuKernel:
-    arch = cpu_info.detect(measure=False)
+    arch = dataclasses.replace(cpu_info.detect(measure=False), target=target or cpu_info.instruction_set())
     plan = space.default_plan(spec, arch, "cpu").replace(**(changes or {}))
     assert space.why_invalid(plan, spec, arch) is None
-    return cpu.load(render(spec, plan, target or build.target_for(plan, arch)))
+    return cpu.load(render(spec, plan, build.target_for(plan, arch)))
 
 
 def verify_spec(heads: HeadConfig, dtype: Dtype = "float32", score: ScoreSpec | None = None) -> KernelSpec:
@@ -99,19 +99,25 @@ def test_every_instruction_set_this_processor_runs(target: str, dtype: Dtype) ->
     assert verdict(kernel, problem).passed
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"key_tile": 16, "split_keys": 256, "prefetch": "none"},
-        {"key_tile": 128, "split_keys": 4096, "heads_per_task": "all"},
-        {"key_tile": 64, "split_keys": 512, "score_dump": "float16"},
-    ],
-    ids=str,
-)
-def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting]) -> None:
-    kernel = kernel_for(verify_spec(SMALL, "bfloat16", ScoreSpec()), changes=changes)
-    problem = attention_problem(kernel.spec, q_lens=[7, 2], kv_lens=[2500, 300], page_size=16, seed=2)
-    assert verdict(kernel, problem).passed
+PLANS: list[dict[str, Setting]] = [
+    {"product": "fma", "key_tile": 16, "split_keys": 256, "prefetch": "none", "score_dump": "float32"},
+    {"product": "fma", "key_tile": 128, "split_keys": 4096, "heads_per_task": "all", "score_dump": "float16"},
+    {"product": "amx", "key_tile": 32, "split_keys": 512, "heads_per_task": "all", "score_dump": "bfloat16"},
+    {"product": "amx", "key_tile": 128, "split_keys": 4096, "prefetch": "none", "score_dump": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("changes", PLANS, ids=lambda changes: f"{changes['product']}-{changes['key_tile']}")
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting], rows: int) -> None:
+    """17 rows of a group of 5: more than four tiles of 16 packed rows."""
+    if changes["product"] == "amx" and "amx-bf16" not in TARGETS:
+        pytest.skip("this processor has no AMX tiles")
+    heads = HeadConfig(num_q_heads=10, num_kv_heads=2, head_dim=64, v_head_dim=48)
+    kernel = kernel_for(verify_spec(heads, "bfloat16", ScoreSpec()), changes=changes)
+    problem = attention_problem(kernel.spec, q_lens=[rows, 2], kv_lens=[2500, 300], page_size=16, seed=2)
+    result = verdict(kernel, problem)
+    assert result.passed, result.detail
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd", "interleaved"])

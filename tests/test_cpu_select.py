@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from cases import poisoned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cases import poisoned
 from specattn_codegen import cpu_info, reference
 from specattn_codegen.build import cpu
 from specattn_codegen.calls import select_call

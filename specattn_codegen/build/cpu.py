@@ -33,9 +33,10 @@ FLAGS = (
     "-Wall",
     "-Wno-psabi",
 )
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGET_FLAGS = {
-    "avx512-bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "amx-bf16": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16", *_AVX512),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "generic": (),
 }
@@ -178,7 +179,11 @@ class CpuKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         arguments = _arguments(call)
         arguments.workspace = workspace.data_ptr()
-        self.library.run(ctypes.byref(arguments))
+        if self.library.run(ctypes.byref(arguments)):
+            raise BuildError(
+                f"{self.spec.name}: the system does not lend AMX tile registers to this process; "
+                "use a plan with product=fma"
+            )
 
 
 def _arguments(call: Call) -> _AttentionArguments | _SelectArguments:
@@ -189,5 +194,5 @@ def load(source: Source) -> CpuKernel:
     """The kernel of a rendered source."""
     library = load_library(source.text, source.target, f"{source.spec.name} ({source.plan})")
     library.workspace_bytes.restype = ctypes.c_int64
-    library.run.restype = None
+    library.run.restype = ctypes.c_int
     return CpuKernel(spec=source.spec, plan=source.plan, library=library)

@@ -1,0 +1,524 @@
+// Sparse attention: a row at position p sees the selected keys below tail_start and every key from tail_start to p.
+// Each KV head has a selection of its own.
+//
+// Selected keys and the dense tail form one virtual range; a task is one KV head over SPLIT_KEYS of it.
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// Conversions round to nearest, ties to even.
+template <typename T> static inline T from_float(float x);
+static inline float to_float(float x) { return x; }
+template <> inline float from_float<float>(float x) { return x; }
+
+struct f16 { uint16_t bits; };
+static inline float to_float(f16 x) {
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));  // rebias; exact for denormals too
+}
+template <> inline f16 from_float<f16>(float x) {
+    const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return f16{0x7e00};
+    if (magnitude >= 0x477ff000) return f16{(uint16_t)(sign | 0x7c00)};
+    if (magnitude < 0x38800000)  // denormal: adding 0.5 puts the last kept bit at the end of the mantissa
+        return f16{(uint16_t)(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000))};
+    return f16{(uint16_t)(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13))};
+}
+
+// ---- the model's heads ----
+constexpr int NUM_Q_HEADS = 32;
+constexpr int NUM_KV_HEADS = 8;
+constexpr int GROUP = NUM_Q_HEADS / NUM_KV_HEADS;
+constexpr int HEAD_DIM = 128;
+constexpr int V_HEAD_DIM = 128;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float Q_SCALE = 0.0883883476f * LOG2_E;  // logits are kept in base 2
+typedef f16 Element;
+
+// ---- the plan ----
+constexpr int KEY_TILE = 32;
+constexpr int SPLIT_KEYS = 1024;
+constexpr int HEADS_PER_TASK = 1;
+
+// ---- vectors: avx2 ----
+
+constexpr int LANES = 8;
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+static inline Vec load(const f16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void store(f16* p, Vec v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline Vec round_to_int(Vec x) { return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+static inline Vec times_power_of_two(Vec x, Vec n) {  // two steps, so that a denormal result is reached exactly once
+    const __m256i whole = _mm256_cvtps_epi32((__m256)n), half = _mm256_srai_epi32(whole, 1);
+    const __m256i bias = _mm256_set1_epi32(127);
+    const __m256 first = (__m256)_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const __m256 second = (__m256)_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+    return (Vec)_mm256_mul_ps(_mm256_mul_ps((__m256)x, first), second);
+}
+
+// Sums each of 8 vectors; lane i of the result is the sum of v[i].
+static inline Vec sum_each(const Vec* v) {
+    __m256 quads[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const __m256 ab = _mm256_hadd_ps(v[4 * i], v[4 * i + 1]), cd = _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]);
+        quads[i] = _mm256_hadd_ps(ab, cd);
+    }
+    return (Vec)_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                              _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
+
+static inline float largest(Vec v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+static inline float total(Vec v) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+// 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
+static inline Vec exp2_of(Vec x) {
+    x = maximum(x, splat(-151.0f));
+    const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
+    Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
+    p = p * f + splat(1.339887459e-3f);
+    p = p * f + splat(9.618437359e-3f);
+    p = p * f + splat(5.550332471e-2f);
+    p = p * f + splat(2.402264791e-1f);
+    p = p * f + splat(6.931472029e-1f);
+    p = p * f + splat(1.0f);
+    return times_power_of_two(p, whole);
+}
+
+// The last, partly filled vector of a row; lanes past the end are 0.
+template <int COUNT, typename T> static inline Vec load_first(const T* p) {
+    if constexpr (COUNT >= LANES) return load(p);
+    float lanes[LANES] = {};
+    for (int i = 0; i < COUNT; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+}
+
+constexpr int D_VECS = (HEAD_DIM + LANES - 1) / LANES, D_PADDED = D_VECS * LANES;
+constexpr int DV_VECS = (V_HEAD_DIM + LANES - 1) / LANES, DV_PADDED = DV_VECS * LANES;
+constexpr int D_LAST = HEAD_DIM - (D_VECS - 1) * LANES, DV_LAST = V_HEAD_DIM - (DV_VECS - 1) * LANES;
+
+struct Arguments {
+    const Element *q, *k, *v;
+    Element* out;
+    float *lse, *scores;
+    const float* sinks;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
+    char* workspace;
+    int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
+    int64_t table_row, score_request, score_row, index_request, index_row;
+    int32_t batch, page_size, max_q, max_kv, selected_width, threads;
+};
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One request's rows and the virtual range of keys they go over.
+struct Request {
+    int first_row, rows, kv_len, first_position;  // first_position may be negative: such rows see nothing
+    int tail_start;
+};
+
+static Request request_of(const Arguments& a, int index) {
+    Request r;
+    r.first_row = a.cu_q[index];
+    r.rows = a.cu_q[index + 1] - r.first_row;
+    r.kv_len = larger(0, a.kv_lens[index]);
+    r.first_position = a.kv_lens[index] - r.rows;
+    r.tail_start = smaller(larger(0, a.tail_start[index]), r.kv_len);
+    return r;
+}
+
+// Selected keys before the tail; indices ascend, so those at or past it are at the end.
+static int selected_count(const Arguments& a, const Request& r, int request, int kv_head) {
+    const int row = kv_head;
+    const int32_t* indices = a.indices + request * a.index_request + row * a.index_row;
+    int count = smaller(a.counts[(int64_t)request * NUM_KV_HEADS + row], a.selected_width);
+    while (count > 0 && indices[count - 1] >= r.tail_start) count--;
+    return larger(0, count);
+}
+
+// Keys a request goes over: its selected keys, then the tail.
+static int keys_of(const Arguments& a, const Request& r, int request, int kv_head) {
+    if (r.rows <= 0 || r.kv_len <= 0) return 0;
+    return selected_count(a, r, request, kv_head) + r.kv_len - r.tail_start;
+}
+
+// ---- the tile: KEY_TILE keys against every packed row of one KV head ----
+
+struct Tile {
+    const Element *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
+    int position[KEY_TILE];
+    int count;
+    bool masked;  // whether some row does not see some key
+};
+
+struct Task {
+    int request, head_block, split, begin, end;  // begin and end count in the request's virtual keys
+};
+
+static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
+    const int head = task.head_block * HEADS_PER_TASK;
+    const int32_t* pages = a.page_table + task.request * a.table_row;
+    const Element *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+    const int32_t* indices = a.indices + task.request * a.index_request + head * a.index_row;
+    tile.count = smaller(KEY_TILE, task.end - begin);
+    for (int j = 0; j < tile.count; j++) {
+        const int key = begin + j;
+        const int position = key < selected ? indices[key] : r.tail_start + key - selected;
+        const int64_t page = pages[position / a.page_size], slot = position % a.page_size;
+        tile.position[j] = position;
+        tile.k[j] = k + page * a.k_page + slot * a.k_slot;
+        tile.v[j] = v + page * a.v_page + slot * a.v_slot;
+    }
+    for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
+        tile.position[j] = INT32_MAX;
+        tile.k[j] = tile.k[0];
+        tile.v[j] = tile.v[0];
+    }
+    tile.masked = tile.count < KEY_TILE || tile.position[KEY_TILE - 1] > r.first_position;
+}
+
+static inline void prefetch_row(const Element* row, int elements) {
+    for (int byte = 0; byte < elements * (int)sizeof(Element); byte += 64) __builtin_prefetch((const char*)row + byte);
+}
+
+// ---- the engine: vector multiply-adds ----
+
+constexpr int ROW_PAD = 1;  // packed rows of a head are padded to a multiple of this
+
+struct Scratch {
+    float* q;        // [HEADS_PER_TASK, row, D_PADDED] scaled queries
+    float* weights;  // [row, KEY_TILE] logits, then weights
+    float* rescale;  // [row]
+    float* wide;     // [KEY_TILE, D_PADDED + DV_PADDED] a tile in float32, where more than one block of rows reads it
+};
+
+static int64_t scratch_of(int rows, char* memory, Scratch& s) {
+    float* at = (float*)memory;
+    auto take = [&](int64_t count) {
+        float* p = at;
+        at += (count + 15) / 16 * 16;
+        return p;
+    };
+    s.q = take((int64_t)HEADS_PER_TASK * rows * D_PADDED);
+    s.weights = take((int64_t)rows * KEY_TILE);
+    s.rescale = take(rows);
+    s.wide = take((int64_t)KEY_TILE * (D_PADDED + DV_PADDED));
+    return (char*)at - memory;
+}
+
+static void pack_row(const Element* from, int row, const Scratch& s) {
+    float* to = s.q + (int64_t)row * D_PADDED;
+    for (int d = 0; d < D_PADDED; d++) to[d] = d < HEAD_DIM ? to_float(from[d]) * Q_SCALE : 0.0f;
+}
+
+// Logits of ROWS packed rows against LANES / ROWS keys; as many accumulators as lanes, summed together at the end.
+template <int ROWS, typename T>
+static inline void dot_block(const float* q, const T* const* k, float* logits) {
+    constexpr int KEYS = LANES / ROWS;
+    Vec sums[LANES] = {};
+#pragma GCC unroll 1
+    for (int d = 0; d < D_VECS - 1; d++) {
+        Vec key[KEYS];
+#pragma GCC unroll 16
+        for (int j = 0; j < KEYS; j++) key[j] = load(k[j] + d * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            const Vec row = load(q + r * D_PADDED + d * LANES);
+#pragma GCC unroll 16
+            for (int j = 0; j < KEYS; j++) sums[r * KEYS + j] += row * key[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < KEYS; j++) {
+        const Vec key = load_first<D_LAST>(k[j] + (D_VECS - 1) * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) sums[r * KEYS + j] += load(q + r * D_PADDED + (D_VECS - 1) * LANES) * key;
+    }
+    float flat[LANES];
+    store(flat, sum_each(sums));
+    for (int r = 0; r < ROWS; r++) memcpy(logits + r * KEY_TILE, flat + r * KEYS, KEYS * sizeof(float));
+}
+
+template <int ROWS, typename T>
+static inline void dot_rows(const float* q, const T* const* k, float* logits) {
+    for (int j = 0; j < KEY_TILE; j += LANES / ROWS) dot_block<ROWS>(q, k + j, logits + j);
+}
+
+template <typename T> static void dot_tile(const float* q, int rows, const T* const* k, float* logits) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) dot_rows<4>(q + r * D_PADDED, k, logits + r * KEY_TILE);
+    if (rows & 2) { dot_rows<2>(q + r * D_PADDED, k, logits + r * KEY_TILE); r += 2; }
+    if (rows & 1) dot_rows<1>(q + r * D_PADDED, k, logits + r * KEY_TILE);
+}
+
+// acc = acc * rescale + weights x V for ROWS rows and VECS vectors of V from vector `first` on.
+template <int ROWS, int VECS, bool LAST, typename T>
+static inline void weigh_block(
+    float* acc, const float* rescale, const float* weights, const T* const* v, int count, int first
+) {
+    Vec sums[ROWS][VECS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
+#pragma GCC unroll 1
+    for (int j = 0; j < count; j++) {
+        Vec value[VECS];
+#pragma GCC unroll 8
+        for (int c = 0; c < VECS; c++) {
+            const T* at = v[j] + (first + c) * LANES;
+            value[c] = LAST && c == VECS - 1 ? load_first<DV_LAST>(at) : load(at);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < VECS; c++) sums[r][c] += splat(weights[r * KEY_TILE + j]) * value[c];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < VECS; c++) store(acc + r * DV_PADDED + (first + c) * LANES, sums[r][c]);
+}
+
+constexpr int V_BLOCK = 2;  // accumulators: 4 rows x V_BLOCK vectors
+
+template <int ROWS, typename T>
+static inline void weigh_rows(float* acc, const float* rescale, const float* weights, const T* const* v, int count) {
+    constexpr int FULL = (DV_VECS - 1) / V_BLOCK * V_BLOCK;
+    for (int first = 0; first < FULL; first += V_BLOCK)
+        weigh_block<ROWS, V_BLOCK, false>(acc, rescale, weights, v, count, first);
+    weigh_block<ROWS, DV_VECS - FULL, true>(acc, rescale, weights, v, count, FULL);
+}
+
+template <typename T>
+static void weigh_tile(float* acc, int rows, const float* rescale, const float* weights, const T* const* v, int count) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) weigh_rows<4>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count);
+    if (rows & 2) { weigh_rows<2>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count); r += 2; }
+    if (rows & 1) weigh_rows<1>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count);
+}
+
+template <int VECS, int LAST>
+static void widen(const Element* const* rows, float* wide, const float** wide_rows) {
+    for (int j = 0; j < KEY_TILE; j++) {
+        float* to = wide + j * VECS * LANES;
+        for (int c = 0; c < VECS - 1; c++) store(to + c * LANES, load(rows[j] + c * LANES));
+        store(to + (VECS - 1) * LANES, load_first<LAST>(rows[j] + (VECS - 1) * LANES));
+        wide_rows[j] = to;
+    }
+}
+
+// Turns a tile's logits into weights relative to each row's running maximum; updates maximum, sum and rescale.
+static void soften(const Request& r, const Tile& tile, float* logits, float* row_max, float* row_sum, float* rescale) {
+    for (int row = 0; row < r.rows * GROUP; row++) {
+        float* at = logits + row * KEY_TILE;
+        if (tile.masked) {
+            const int last = r.first_position + row / GROUP;
+            for (int j = 0; j < KEY_TILE; j++)
+                if (tile.position[j] > last) at[j] = -INFINITY;
+        }
+        Vec best = load(at);
+        for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(at + j));
+        const float new_max = fmaxf(row_max[row], largest(best));
+        const Vec offset = splat(new_max == -INFINITY ? 0.0f : new_max);
+        Vec sum = {};
+        for (int j = 0; j < KEY_TILE; j += LANES) {
+            const Vec weight = exp2_of(load(at + j) - offset);
+            store(at + j, weight);
+            sum += weight;
+        }
+        rescale[row] = row_max[row] == new_max ? 1.0f : exp2f(row_max[row] - new_max);
+        row_sum[row] = row_sum[row] * rescale[row] + total(sum);
+        row_max[row] = new_max;
+    }
+}
+
+// Folds one tile of one head into its running results; `first` is the head's first packed row.
+static void fold_tile(
+    const Request& r, const Tile& tile, const Element* const* k, const Element* const* v, const Scratch& s,
+    int64_t first, float* acc, float* row_max, float* row_sum
+) {
+    const int rows = r.rows * GROUP;
+    const float* q = s.q + first * D_PADDED;
+    if (rows <= 4) {  // one block of rows: converting while loading is enough
+        dot_tile(q, rows, k, s.weights);
+        soften(r, tile, s.weights, row_max, row_sum, s.rescale);
+        weigh_tile(acc, rows, s.rescale, s.weights, v, tile.count);
+        return;
+    }
+    const float* wide[KEY_TILE];
+    widen<D_VECS, D_LAST>(k, s.wide, wide);
+    dot_tile(q, rows, wide, s.weights);
+    soften(r, tile, s.weights, row_max, row_sum, s.rescale);
+    widen<DV_VECS, DV_LAST>(v, s.wide + KEY_TILE * D_PADDED, wide);
+    weigh_tile(acc, rows, s.rescale, s.weights, wide, tile.count);
+}
+
+static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
+
+// ---- workspace: everything a call writes besides its outputs, in one piece of caller's memory ----
+
+struct Workspace {
+    int32_t* split_offset;  // [batch * head blocks + 1] splits before each (request, head block)
+    float* partial_acc;     // [split, row, DV_PADDED] unnormalised outputs; a row is (head, query row, group member)
+    float* partial_max;     // [split, row] base-2 running maximum
+    float* partial_sum;     // [split, row]
+    char* scratch;          // [thread, scratch_bytes]
+    int64_t scratch_bytes, bytes;
+};
+
+constexpr int HEAD_BLOCKS = NUM_KV_HEADS / HEADS_PER_TASK;
+
+static Workspace plan_workspace(const Arguments& a) {
+    Workspace w;
+    int64_t at = 0;
+    auto take = [&](int64_t bytes) {
+        char* p = a.workspace + at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+    };
+    const int64_t rows = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int64_t longest = (int64_t)a.selected_width + a.max_kv;
+    const int64_t splits = a.batch * HEAD_BLOCKS * divide_up(longest + KEY_TILE, SPLIT_KEYS);
+    w.split_offset = (int32_t*)take((a.batch * HEAD_BLOCKS + 1) * 4);
+    w.partial_max = (float*)take(splits * rows * 4);
+    w.partial_sum = (float*)take(splits * rows * 4);
+    w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
+    Scratch unused;
+    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    w.scratch = take(w.scratch_bytes * a.threads);
+    w.bytes = at;
+    return w;
+}
+
+// ---- one task: every packed row of HEADS_PER_TASK KV heads over one split of the keys ----
+
+static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
+    const Request r = request_of(a, task.request);
+    const int rows = r.rows * GROUP, first_head = task.head_block * HEADS_PER_TASK;
+    const int64_t head_rows = padded(rows), task_rows = HEADS_PER_TASK * head_rows;
+    Scratch s;
+    scratch_of(rows, memory, s);
+    for (int h = 0; h < HEADS_PER_TASK; h++)
+        for (int row = 0; row < rows; row++) {
+            const int query = r.first_row + row / GROUP, head = (first_head + h) * GROUP + row % GROUP;
+            pack_row(a.q + query * a.q_row + head * a.q_head, (int)(h * head_rows) + row, s);
+        }
+    const int64_t slot = task.split * HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    float *acc = w.partial_acc + slot * DV_PADDED, *row_max = w.partial_max + slot, *row_sum = w.partial_sum + slot;
+    for (int64_t row = 0; row < task_rows; row++) row_max[row] = -INFINITY, row_sum[row] = 0.0f;
+    memset(acc, 0, task_rows * DV_PADDED * sizeof(float));
+
+    const int selected = selected_count(a, r, task.request, first_head);
+    Tile tiles[2];
+    locate(a, r, task, selected, task.begin, tiles[0]);
+    for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
+        const Tile& tile = tiles[parity];
+        Tile& next = tiles[parity ^ 1];
+        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
+        else next.count = 0;
+        for (int h = 0; h < HEADS_PER_TASK; h++) {
+            const Element *k[KEY_TILE], *v[KEY_TILE];
+            for (int j = 0; j < KEY_TILE; j++) k[j] = tile.k[j] + h * a.k_head, v[j] = tile.v[j] + h * a.v_head;
+            for (int j = 0; j < next.count; j++) {
+                prefetch_row(next.k[j] + h * a.k_head, HEAD_DIM);
+                prefetch_row(next.v[j] + h * a.v_head, V_HEAD_DIM);
+            }
+            const int64_t first = h * head_rows;
+            fold_tile(r, tile, k, v, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
+        }
+    }
+}
+
+// ---- merging the splits of one query row and head ----
+
+static void merge_row(const Arguments& a, const Workspace& w, int request, int row, int q_head) {
+    const Request r = request_of(a, request);
+    const int kv_head = q_head / GROUP, block = request * HEAD_BLOCKS + kv_head / HEADS_PER_TASK;
+    const int64_t local = kv_head % HEADS_PER_TASK * padded(r.rows * GROUP) + row * GROUP + q_head % GROUP;
+    const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int first = w.split_offset[block], last = w.split_offset[block + 1];
+    float best = -INFINITY, sum = 0.0f;
+    for (int split = first; split < last; split++) best = fmaxf(best, w.partial_max[split * stride + local]);
+    const bool seen = best > -INFINITY;
+    if (a.sinks && seen) {
+        const float sink = a.sinks[q_head] * LOG2_E;
+        best = fmaxf(best, sink);
+        sum = exp2f(sink - best);
+    }
+    float merged[DV_PADDED] = {};
+    for (int split = first; split < last && seen; split++) {
+        const float weight = exp2f(w.partial_max[split * stride + local] - best);
+        const float* acc = w.partial_acc + (split * stride + local) * DV_PADDED;
+        sum += weight * w.partial_sum[split * stride + local];
+        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+    }
+    Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
+    const float normalise = seen ? 1.0f / sum : 0.0f;
+    for (int d = 0; d < V_HEAD_DIM; d++) out[d] = from_float<Element>(merged[d] * normalise);
+    a.lse[(int64_t)(r.first_row + row) * NUM_Q_HEADS + q_head] = seen ? (best + log2f(sum)) * 0.693147181f : -INFINITY;
+}
+
+// ---- entry points ----
+
+extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*a).bytes; }
+
+// Returns 0, or 1 where the system does not lend the registers that the kernel needs.
+extern "C" int run(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    const Workspace w = plan_workspace(a);
+    const int blocks = a.batch * HEAD_BLOCKS;
+    w.split_offset[0] = 0;
+    for (int block = 0; block < blocks; block++) {
+        const int request = block / HEAD_BLOCKS;
+        const int keys = keys_of(a, request_of(a, request), request, block % HEAD_BLOCKS * HEADS_PER_TASK);
+        w.split_offset[block + 1] = w.split_offset[block] + (int)divide_up(keys, SPLIT_KEYS);
+    }
+    const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
+
+#pragma omp parallel num_threads(a.threads)
+    {
+        char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
+#pragma omp for schedule(dynamic, 1)
+        for (int split = 0; split < splits; split++) {
+            int block = 0;
+            while (w.split_offset[block + 1] <= split) block++;
+            Task task = {block / HEAD_BLOCKS, block % HEAD_BLOCKS, split, 0, 0};
+            const int keys = keys_of(a, request_of(a, task.request), task.request, task.head_block * HEADS_PER_TASK);
+            task.begin = (split - w.split_offset[block]) * SPLIT_KEYS;
+            task.end = smaller(keys, task.begin + SPLIT_KEYS);
+            attend_split(a, w, task, scratch);
+        }
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < (int64_t)rows * NUM_Q_HEADS; item++) {
+            const int row = (int)(item / NUM_Q_HEADS);
+            int request = 0;
+            while (a.cu_q[request + 1] <= row) request++;
+            merge_row(a, w, request, row - a.cu_q[request], (int)(item % NUM_Q_HEADS));
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,657 @@
+// Verification attention: causal attention of a few rows per request over its whole paged KV cache
+// that also emits one score for the whole layer and prefix key, the mean softmax weight
+// over the first and the last row and all query heads.
+//
+// A task is one KV head (or all of them) over SPLIT_KEYS keys. Splits have a fixed length, so a row's result does not
+// depend on the other requests of its batch nor on the number of threads.
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <immintrin.h>
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// Conversions round to nearest, ties to even.
+template <typename T> static inline T from_float(float x);
+static inline float to_float(float x) { return x; }
+template <> inline float from_float<float>(float x) { return x; }
+
+struct bf16 { uint16_t bits; };
+static inline float to_float(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
+template <> inline bf16 from_float<bf16>(float x) {
+    const uint32_t bits = to_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bf16{0x7fc0};
+    return bf16{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ---- the model's heads ----
+constexpr int NUM_Q_HEADS = 32;
+constexpr int NUM_KV_HEADS = 8;
+constexpr int GROUP = NUM_Q_HEADS / NUM_KV_HEADS;
+constexpr int HEAD_DIM = 128;
+constexpr int V_HEAD_DIM = 128;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float Q_SCALE = 0.0883883476f * LOG2_E;  // logits are kept in base 2
+typedef bf16 Element;
+
+// ---- the plan ----
+constexpr int KEY_TILE = 64;
+constexpr int SPLIT_KEYS = 1024;
+constexpr int HEADS_PER_TASK = 1;
+typedef bf16 Dumped;
+
+// ---- vectors: amx-bf16 ----
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+static inline Vec load(const bf16* p) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+static inline Vec round_to_int(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
+static inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
+
+// Sums each of 16 vectors; lane i of the result is the sum of v[i].
+static inline Vec sum_each(const Vec* v) {
+    __m512 quads[4];  // quads[i] holds, in each 128-bit lane, partial sums of v[4i .. 4i+3]
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
+        quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+    }
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                                     _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                                      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+
+static inline float largest(Vec v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+static inline float total(Vec v) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+// 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
+static inline Vec exp2_of(Vec x) {
+    x = maximum(x, splat(-151.0f));
+    const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
+    Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
+    p = p * f + splat(1.339887459e-3f);
+    p = p * f + splat(9.618437359e-3f);
+    p = p * f + splat(5.550332471e-2f);
+    p = p * f + splat(2.402264791e-1f);
+    p = p * f + splat(6.931472029e-1f);
+    p = p * f + splat(1.0f);
+    return times_power_of_two(p, whole);
+}
+
+// The last, partly filled vector of a row; lanes past the end are 0.
+template <int COUNT, typename T> static inline Vec load_first(const T* p) {
+    if constexpr (COUNT >= LANES) return load(p);
+    float lanes[LANES] = {};
+    for (int i = 0; i < COUNT; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+}
+
+constexpr int D_VECS = (HEAD_DIM + LANES - 1) / LANES, D_PADDED = D_VECS * LANES;
+constexpr int DV_VECS = (V_HEAD_DIM + LANES - 1) / LANES, DV_PADDED = DV_VECS * LANES;
+constexpr int D_LAST = HEAD_DIM - (D_VECS - 1) * LANES, DV_LAST = V_HEAD_DIM - (DV_VECS - 1) * LANES;
+
+struct Arguments {
+    const Element *q, *k, *v;
+    Element* out;
+    float *lse, *scores;
+    const float* sinks;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
+    char* workspace;
+    int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
+    int64_t table_row, score_request, score_row, index_request, index_row;
+    int32_t batch, page_size, max_q, max_kv, selected_width, threads;
+};
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One request's rows and the virtual range of keys they go over.
+struct Request {
+    int first_row, rows, kv_len, first_position;  // first_position may be negative: such rows see nothing
+    int first_key;  // keys before it are outside every row's window; a multiple of KEY_TILE
+};
+
+static Request request_of(const Arguments& a, int index) {
+    Request r;
+    r.first_row = a.cu_q[index];
+    r.rows = a.cu_q[index + 1] - r.first_row;
+    r.kv_len = larger(0, a.kv_lens[index]);
+    r.first_position = a.kv_lens[index] - r.rows;
+    r.first_key = 0;
+    return r;
+}
+
+// Keys a request goes over: all that some row may see.
+static int keys_of(const Arguments& a, const Request& r, int request, int kv_head) {
+    if (r.rows <= 0 || r.kv_len <= 0) return 0;
+    (void)a, (void)request, (void)kv_head;
+    return r.kv_len - r.first_key;
+}
+
+// ---- scored rows: the first and the last, a single row counting once ----
+
+static inline int scored_rows(int rows) { return smaller(2, rows); }
+static inline int scored_row(int index, int rows) { return index == 0 ? 0 : rows - 1; }
+
+// ---- the tile: KEY_TILE keys against every packed row of one KV head ----
+
+struct Tile {
+    const Element *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
+    int position[KEY_TILE];
+    int count;
+    bool masked;  // whether some row does not see some key
+};
+
+struct Task {
+    int request, head_block, split, begin, end;  // begin and end count in the request's virtual keys
+};
+
+static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
+    const int head = task.head_block * HEADS_PER_TASK;
+    const int32_t* pages = a.page_table + task.request * a.table_row;
+    const Element *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+    (void)selected;
+    tile.count = smaller(KEY_TILE, task.end - begin);
+    int page_index = (r.first_key + begin) / a.page_size, slot = (r.first_key + begin) % a.page_size;
+    for (int j = 0; j < tile.count; j++) {
+        const int64_t page = pages[page_index];
+        tile.position[j] = r.first_key + begin + j;
+        tile.k[j] = k + page * a.k_page + slot * a.k_slot;
+        tile.v[j] = v + page * a.v_page + slot * a.v_slot;
+        if (++slot == a.page_size) slot = 0, page_index++;
+    }
+    for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
+        tile.position[j] = INT32_MAX;
+        tile.k[j] = tile.k[0];
+        tile.v[j] = tile.v[0];
+    }
+    tile.masked = tile.count < KEY_TILE || tile.position[KEY_TILE - 1] > r.first_position;
+}
+
+static inline void prefetch_row(const Element* row, int elements) {
+    for (int byte = 0; byte < elements * (int)sizeof(Element); byte += 64) __builtin_prefetch((const char*)row + byte);
+}
+
+// ---- the engine: AMX tiles of bfloat16 ----
+//
+// Logits are computed transposed, [key, row]: K's rows go into a tile as they lie in the cache, the queries are packed
+// once per task, and the softmax runs down the keys with 16 rows to a vector. V is interleaved in pairs of keys.
+
+constexpr int ROW_PAD = 16;  // packed rows of a head are padded to whole tiles
+constexpr int D_STEPS = (HEAD_DIM + 31) / 32, D_TILED = D_STEPS * 32;
+constexpr int TILE_BYTES = 1024, TILE_ELEMENTS = 512;  // 16 rows of 64 bytes
+constexpr int KEY_STEPS = KEY_TILE / 32;
+
+struct Scratch {
+    Element* q;        // [HEADS_PER_TASK, row block, D_STEPS, 16 pairs of dims, 16 rows, 2]
+    float* logits;     // [row block, KEY_TILE, 16 rows]
+    Element* weights;  // [row block, KEY_STEPS, 16 rows, 32 keys]
+    Element* k;        // [16, D_TILED] keys that do not lie at one stride in the cache
+    Element* v;        // [KEY_STEPS, DV_PADDED / 16, 16 pairs of keys, 16 dims, 2]
+    int row_blocks;
+};
+
+static int64_t scratch_of(int rows, char* memory, Scratch& s) {
+    char* at = memory;
+    auto take = [&](int64_t bytes) {
+        char* p = at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+    };
+    s.row_blocks = (rows + 15) / 16;
+    s.q = (Element*)take((int64_t)HEADS_PER_TASK * s.row_blocks * D_STEPS * TILE_BYTES);
+    s.logits = (float*)take((int64_t)s.row_blocks * KEY_TILE * 64);
+    s.weights = (Element*)take((int64_t)s.row_blocks * KEY_STEPS * TILE_BYTES);
+    s.k = (Element*)take(16 * D_TILED * sizeof(Element));
+    s.v = (Element*)take((int64_t)KEY_STEPS * (DV_PADDED / 16) * TILE_BYTES);
+    return at - memory;
+}
+
+// Rows of padding are zero: nobody reads their results, but NaN in them would be rescaled over and over.
+static void clear_queries(const Scratch& s) {
+    memset(s.q, 0, (int64_t)HEADS_PER_TASK * s.row_blocks * D_STEPS * TILE_BYTES);
+}
+
+static void pack_row(const Element* from, int row, const Scratch& s) {
+    Element* block = s.q + (int64_t)(row / 16) * D_STEPS * TILE_ELEMENTS + row % 16 * 2;
+    for (int d = 0; d < D_TILED; d++)
+        block[d / 32 * TILE_ELEMENTS + d % 32 / 2 * 32 + d % 2] = d < HEAD_DIM ? from[d] : Element{0};
+}
+
+// 16 keys as tile rows: where they lie in the cache if they do so at one stride, else copied side by side.
+static inline const Element* sixteen_keys(const Element* const* k, const Scratch& s, int64_t& stride_bytes) {
+    const int64_t stride = (const char*)k[1] - (const char*)k[0];
+    bool even = true;
+    for (int j = 2; j < 16; j++) even &= (const char*)k[j] - (const char*)k[j - 1] == stride;
+    if (even) {
+        stride_bytes = stride;
+        return k[0];
+    }
+    for (int j = 0; j < 16; j++) {
+        memcpy(s.k + j * D_TILED, k[j], HEAD_DIM * sizeof(Element));
+        if (D_TILED > HEAD_DIM) memset(s.k + j * D_TILED + HEAD_DIM, 0, (D_TILED - HEAD_DIM) * sizeof(Element));
+    }
+    stride_bytes = D_TILED * sizeof(Element);
+    return s.k;
+}
+
+static void dot_tile(const Element* q, const Element* const* k, const Scratch& s) {
+    for (int key = 0; key < KEY_TILE; key += 16) {
+        int64_t stride;
+        const Element* keys = sixteen_keys(k + key, s, stride);
+        for (int block = 0; block < s.row_blocks; block += 4) {  // tiles 0-3 accumulate, 4 holds keys, 5 queries
+            const int blocks = smaller(4, s.row_blocks - block);
+            const Element* rows = q + (int64_t)block * D_STEPS * TILE_ELEMENTS;
+            float* to = s.logits + ((int64_t)block * KEY_TILE + key) * 16;
+            _tile_zero(0);
+            if (blocks > 1) _tile_zero(1);
+            if (blocks > 2) _tile_zero(2);
+            if (blocks > 3) _tile_zero(3);
+            for (int d = 0; d < D_STEPS; d++) {
+                _tile_loadd(4, keys + d * 32, stride);
+                const Element* step = rows + d * TILE_ELEMENTS;
+                _tile_loadd(5, step, 64);
+                _tile_dpbf16ps(0, 4, 5);
+                if (blocks > 1) { _tile_loadd(6, step + D_STEPS * TILE_ELEMENTS, 64); _tile_dpbf16ps(1, 4, 6); }
+                if (blocks > 2) { _tile_loadd(5, step + 2 * D_STEPS * TILE_ELEMENTS, 64); _tile_dpbf16ps(2, 4, 5); }
+                if (blocks > 3) { _tile_loadd(6, step + 3 * D_STEPS * TILE_ELEMENTS, 64); _tile_dpbf16ps(3, 4, 6); }
+            }
+            _tile_stored(0, to, 64);
+            if (blocks > 1) _tile_stored(1, to + KEY_TILE * 16, 64);
+            if (blocks > 2) _tile_stored(2, to + 2 * KEY_TILE * 16, 64);
+            if (blocks > 3) _tile_stored(3, to + 3 * KEY_TILE * 16, 64);
+        }
+    }
+}
+
+// [16 pairs of keys, 16 rows] of bfloat16 pairs -> [16 rows, 16 pairs of keys].
+static inline void transpose_pairs(const __m512i* from, Element* to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_epi32(from[2 * i], from[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(from[2 * i], from[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // row i of each 128-bit lane, lanes still to be gathered from the four b[. + i]
+        const __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        _mm512_storeu_si512(to + i * 32, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(to + (4 + i) * 32, _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(to + (8 + i) * 32, _mm512_shuffle_i32x4(low, low2, 0xdd));
+        _mm512_storeu_si512(to + (12 + i) * 32, _mm512_shuffle_i32x4(high, high2, 0xdd));
+    }
+}
+
+// Logits of one block of 16 rows -> weights relative to the running maxima; rescales what was accumulated before.
+static void soften(
+    const Request& r, const Tile& tile, const Scratch& s, int block, float* acc, float* row_max, float* row_sum
+) {
+    float* logits = s.logits + (int64_t)block * KEY_TILE * 16;
+    const Vec scale = splat(Q_SCALE);
+    for (int j = 0; j < KEY_TILE; j++) store(logits + j * 16, load(logits + j * 16) * scale);
+    if (tile.masked) {
+        alignas(64) int last[16];  // the newest key each row sees
+        for (int i = 0; i < 16; i++) last[i] = r.first_position + (block * 16 + i) / GROUP;
+        const __m512i newest = _mm512_load_si512(last);
+        for (int j = 0; j < KEY_TILE; j++) {
+            const __m512i position = _mm512_set1_epi32(tile.position[j]);
+            __mmask16 hidden = _mm512_cmpgt_epi32_mask(position, newest);
+            _mm512_mask_storeu_ps(logits + j * 16, hidden, _mm512_set1_ps(-INFINITY));
+        }
+    }
+    const Vec old_max = load(row_max + block * 16);
+    Vec best[4] = {old_max, old_max, old_max, old_max};
+    for (int j = 0; j < KEY_TILE; j += 4)
+        for (int i = 0; i < 4; i++) best[i] = maximum(best[i], load(logits + (j + i) * 16));
+    const Vec new_max = maximum(maximum(best[0], best[1]), maximum(best[2], best[3]));
+    const Vec nothing = splat(-INFINITY), offset = new_max == nothing ? Vec{} : new_max;
+    const Vec rescale = new_max == old_max ? splat(1.0f) : exp2_of(old_max - offset);
+    Vec sum[2] = {};
+    for (int step = 0; step < KEY_STEPS; step++) {
+        __m512i pairs[16];
+        const __m512i interleave = _mm512_set_epi32(
+            0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a, 0x00190009, 0x00180008,
+            0x00170007, 0x00160006, 0x00150005, 0x00140004, 0x00130003, 0x00120002, 0x00110001, 0x00100000);
+        for (int pair = 0; pair < 16; pair++) {
+            const float* at = logits + (step * 32 + pair * 2) * 16;
+            const Vec even = exp2_of(load(at) - offset), odd = exp2_of(load(at + 16) - offset);
+            sum[0] += even;
+            sum[1] += odd;
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            pairs[pair] = _mm512_permutexvar_epi16(interleave, both);
+        }
+        transpose_pairs(pairs, s.weights + ((int64_t)block * KEY_STEPS + step) * TILE_ELEMENTS);
+    }
+    store(row_sum + block * 16, load(row_sum + block * 16) * rescale + (sum[0] + sum[1]));
+    store(row_max + block * 16, new_max);
+    if (_mm512_cmpneq_ps_mask((__m512)rescale, _mm512_set1_ps(1.0f)) == 0) return;  // the usual case after a few tiles
+    float factors[16];
+    store(factors, rescale);
+    for (int i = 0; i < 16; i++) {
+        if (factors[i] == 1.0f) continue;
+        float* row = acc + (block * 16 + i) * DV_PADDED;
+        for (int d = 0; d < DV_PADDED; d += LANES) store(row + d, load(row + d) * splat(factors[i]));
+    }
+}
+
+// Pairs of keys, element by element, as the second operand of a tile product wants them.
+static void interleave_values(const Element* const* v, const Scratch& s) {
+    const __m512i low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int j = 0; j < KEY_TILE; j += 2) {
+        Element* to = s.v + (int64_t)(j / 32) * (DV_PADDED / 16) * TILE_ELEMENTS + j % 32 / 2 * 32;
+        for (int d = 0; d < V_HEAD_DIM; d += 32) {
+            const __m512i even = _mm512_loadu_si512(v[j] + d), odd = _mm512_loadu_si512(v[j + 1] + d);
+            _mm512_storeu_si512(to + d / 16 * TILE_ELEMENTS, _mm512_permutex2var_epi16(even, low, odd));
+            if (d + 16 < DV_PADDED)
+                _mm512_storeu_si512(to + (d / 16 + 1) * TILE_ELEMENTS, _mm512_permutex2var_epi16(even, high, odd));
+        }
+    }
+}
+
+// acc[16 rows, TILES * 16 dims] += weights x V.
+template <int TILES> static inline void weigh_dims(float* acc, const Element* weights, const Element* v) {
+    constexpr int64_t ROW = DV_PADDED * sizeof(float), STEP = (DV_PADDED / 16) * TILE_ELEMENTS;
+    _tile_loadd(0, acc, ROW);
+    if (TILES > 1) _tile_loadd(1, acc + 16, ROW);
+    if (TILES > 2) _tile_loadd(2, acc + 32, ROW);
+    if (TILES > 3) _tile_loadd(3, acc + 48, ROW);
+    for (int step = 0; step < KEY_STEPS; step++) {
+        _tile_loadd(4, weights + step * TILE_ELEMENTS, 64);
+        const Element* values = v + step * STEP;
+        _tile_loadd(5, values, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (TILES > 1) { _tile_loadd(6, values + TILE_ELEMENTS, 64); _tile_dpbf16ps(1, 4, 6); }
+        if (TILES > 2) { _tile_loadd(5, values + 2 * TILE_ELEMENTS, 64); _tile_dpbf16ps(2, 4, 5); }
+        if (TILES > 3) { _tile_loadd(6, values + 3 * TILE_ELEMENTS, 64); _tile_dpbf16ps(3, 4, 6); }
+    }
+    _tile_stored(0, acc, ROW);
+    if (TILES > 1) _tile_stored(1, acc + 16, ROW);
+    if (TILES > 2) _tile_stored(2, acc + 32, ROW);
+    if (TILES > 3) _tile_stored(3, acc + 48, ROW);
+}
+
+static void weigh_tile(float* acc, const Scratch& s) {
+    constexpr int TILES = DV_PADDED / 16, WHOLE = TILES / 4 * 4;
+    for (int block = 0; block < s.row_blocks; block++) {
+        float* rows = acc + (int64_t)block * 16 * DV_PADDED;
+        const Element* weights = s.weights + (int64_t)block * KEY_STEPS * TILE_ELEMENTS;
+        for (int tile = 0; tile < WHOLE; tile += 4)
+            weigh_dims<4>(rows + tile * 16, weights, s.v + tile * TILE_ELEMENTS);
+        if constexpr (TILES > WHOLE)
+            weigh_dims<TILES - WHOLE>(rows + WHOLE * 16, weights, s.v + WHOLE * TILE_ELEMENTS);
+    }
+}
+
+// Folds one tile of one head into its running results; `first` is the head's first packed row.
+static void fold_tile(
+    const Request& r, const Tile& tile, const Element* const* k, const Element* const* v, const Scratch& s,
+    int64_t first, float* acc, float* row_max, float* row_sum
+) {
+    dot_tile(s.q + first * D_TILED, k, s);
+    interleave_values(v, s);
+    for (int block = 0; block < s.row_blocks; block++) soften(r, tile, s, block, acc, row_max, row_sum);
+    weigh_tile(acc, s);
+}
+
+static void dump_row(const Scratch& s, int row, Dumped* to) {
+    const Element* from = s.weights + (int64_t)(row / 16) * KEY_STEPS * TILE_ELEMENTS + row % 16 * 32;
+    for (int step = 0; step < KEY_STEPS; step++) memcpy(to + step * 32, from + step * TILE_ELEMENTS, 64);
+}
+
+static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
+
+// ---- workspace: everything a call writes besides its outputs, in one piece of caller's memory ----
+
+struct Workspace {
+    int32_t* split_offset;  // [batch * head blocks + 1] splits before each (request, head block)
+    float* partial_acc;     // [split, row, DV_PADDED] unnormalised outputs; a row is (head, query row, group member)
+    float* partial_max;     // [split, row] base-2 running maximum
+    float* partial_sum;     // [split, row]
+    char* scratch;          // [thread, scratch_bytes]
+    Dumped* dumped;         // [tile, KV head, scored row, KEY_TILE] weights relative to tile_max
+    float* tile_max;        // [tile, KV head, scored row]
+    int32_t* tile_offset;   // [batch + 1] tiles before each request
+    int64_t scratch_bytes, bytes;
+};
+
+constexpr int HEAD_BLOCKS = NUM_KV_HEADS / HEADS_PER_TASK;
+
+static Workspace plan_workspace(const Arguments& a) {
+    Workspace w;
+    int64_t at = 0;
+    auto take = [&](int64_t bytes) {
+        char* p = a.workspace + at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+    };
+    const int64_t rows = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int64_t longest = a.max_kv;
+    const int64_t splits = a.batch * HEAD_BLOCKS * divide_up(longest + KEY_TILE, SPLIT_KEYS);
+    w.split_offset = (int32_t*)take((a.batch * HEAD_BLOCKS + 1) * 4);
+    w.partial_max = (float*)take(splits * rows * 4);
+    w.partial_sum = (float*)take(splits * rows * 4);
+    w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
+    Scratch unused;
+    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    w.scratch = take(w.scratch_bytes * a.threads);
+    const int64_t tiles = a.batch * divide_up(a.max_kv, KEY_TILE);
+    const int64_t scored = (int64_t)NUM_KV_HEADS * GROUP * scored_rows(a.max_q);
+    w.tile_offset = (int32_t*)take((a.batch + 1) * 4);
+    w.tile_max = (float*)take(tiles * scored * 4);
+    w.dumped = (Dumped*)take(tiles * scored * KEY_TILE * sizeof(Dumped));
+    w.bytes = at;
+    return w;
+}
+
+// ---- one task: every packed row of HEADS_PER_TASK KV heads over one split of the keys ----
+
+static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
+    const Request r = request_of(a, task.request);
+    const int rows = r.rows * GROUP, first_head = task.head_block * HEADS_PER_TASK;
+    const int64_t head_rows = padded(rows), task_rows = HEADS_PER_TASK * head_rows;
+    Scratch s;
+    scratch_of(rows, memory, s);
+    clear_queries(s);
+    for (int h = 0; h < HEADS_PER_TASK; h++)
+        for (int row = 0; row < rows; row++) {
+            const int query = r.first_row + row / GROUP, head = (first_head + h) * GROUP + row % GROUP;
+            pack_row(a.q + query * a.q_row + head * a.q_head, (int)(h * head_rows) + row, s);
+        }
+    const int64_t slot = task.split * HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    float *acc = w.partial_acc + slot * DV_PADDED, *row_max = w.partial_max + slot, *row_sum = w.partial_sum + slot;
+    for (int64_t row = 0; row < task_rows; row++) row_max[row] = -INFINITY, row_sum[row] = 0.0f;
+    memset(acc, 0, task_rows * DV_PADDED * sizeof(float));
+
+    const int selected = 0;
+    Tile tiles[2];
+    locate(a, r, task, selected, task.begin, tiles[0]);
+    for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
+        const Tile& tile = tiles[parity];
+        Tile& next = tiles[parity ^ 1];
+        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
+        else next.count = 0;
+        for (int h = 0; h < HEADS_PER_TASK; h++) {
+            const Element *k[KEY_TILE], *v[KEY_TILE];
+            for (int j = 0; j < KEY_TILE; j++) k[j] = tile.k[j] + h * a.k_head, v[j] = tile.v[j] + h * a.v_head;
+            for (int j = 0; j < next.count; j++) {
+                prefetch_row(next.k[j] + h * a.k_head, HEAD_DIM);
+                prefetch_row(next.v[j] + h * a.v_head, V_HEAD_DIM);
+            }
+            const int64_t first = h * head_rows;
+            fold_tile(r, tile, k, v, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
+            if (tile.position[0] < r.first_position) {
+                const int scored = scored_rows(r.rows) * GROUP, max_scored = scored_rows(a.max_q) * GROUP;
+                const int64_t tile_index = w.tile_offset[task.request] + begin / KEY_TILE;
+                const int64_t to = (tile_index * NUM_KV_HEADS + first_head + h) * max_scored;
+                for (int i = 0; i < scored; i++) {
+                    const int row = scored_row(i / GROUP, r.rows) * GROUP + i % GROUP;
+                    w.tile_max[to + i] = row_max[first + row];
+                    dump_row(s, row, w.dumped + (to + i) * KEY_TILE);
+                }
+            }
+        }
+    }
+}
+
+// ---- merging the splits of one query row and head ----
+
+static void merge_row(const Arguments& a, const Workspace& w, int request, int row, int q_head) {
+    const Request r = request_of(a, request);
+    const int kv_head = q_head / GROUP, block = request * HEAD_BLOCKS + kv_head / HEADS_PER_TASK;
+    const int64_t local = kv_head % HEADS_PER_TASK * padded(r.rows * GROUP) + row * GROUP + q_head % GROUP;
+    const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int first = w.split_offset[block], last = w.split_offset[block + 1];
+    float best = -INFINITY, sum = 0.0f;
+    for (int split = first; split < last; split++) best = fmaxf(best, w.partial_max[split * stride + local]);
+    const bool seen = best > -INFINITY;
+    if (a.sinks && seen) {
+        const float sink = a.sinks[q_head] * LOG2_E;
+        best = fmaxf(best, sink);
+        sum = exp2f(sink - best);
+    }
+    float merged[DV_PADDED] = {};
+    for (int split = first; split < last && seen; split++) {
+        const float weight = exp2f(w.partial_max[split * stride + local] - best);
+        const float* acc = w.partial_acc + (split * stride + local) * DV_PADDED;
+        sum += weight * w.partial_sum[split * stride + local];
+        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+    }
+    Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
+    const float normalise = seen ? 1.0f / sum : 0.0f;
+    for (int d = 0; d < V_HEAD_DIM; d++) out[d] = from_float<Element>(merged[d] * normalise);
+    a.lse[(int64_t)(r.first_row + row) * NUM_Q_HEADS + q_head] = seen ? (best + log2f(sum)) * 0.693147181f : -INFINITY;
+}
+
+// ---- scores of one tile of one request: the dumped weights, renormalised by each row's log-sum-exp and averaged ----
+
+static void score_tile(const Arguments& a, const Workspace& w, int request, int tile) {
+    const Request r = request_of(a, request);
+    const int prefix = smaller(r.first_position, a.max_kv), scored = scored_rows(r.rows) * GROUP;
+    const int begin = tile * KEY_TILE, count = smaller(KEY_TILE, prefix - begin);
+    const int64_t dumped = w.tile_offset[request] + (begin - r.first_key) / KEY_TILE;
+    const int max_scored = scored_rows(a.max_q) * GROUP;
+    const float share = 1.0f / (scored * NUM_KV_HEADS);
+    float sums[KEY_TILE] = {};
+    for (int head = 0; head < NUM_KV_HEADS; head++) {
+        const int64_t at = (dumped * NUM_KV_HEADS + head) * max_scored;
+        for (int s = 0; s < scored && begin >= r.first_key; s++) {
+            const int row = r.first_row + scored_row(s / GROUP, r.rows);
+            const float lse = a.lse[(int64_t)row * NUM_Q_HEADS + head * GROUP + s % GROUP] * LOG2_E;
+            if (w.tile_max[at + s] == -INFINITY) continue;  // the row saw none of these keys
+            const Vec weight = splat(exp2f(w.tile_max[at + s] - lse) * share);
+            const Dumped* from = w.dumped + (at + s) * KEY_TILE;
+            for (int j = 0; j < KEY_TILE; j += LANES) store(sums + j, load(sums + j) + weight * load(from + j));
+        }
+    }
+    memcpy(a.scores + request * a.score_request + begin, sums, count * sizeof(float));
+}
+
+// ---- entry points ----
+
+extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*a).bytes; }
+
+// Linux lends the tile registers on request, once for a whole process; each thread then says which shapes it uses.
+static bool request_tiles() {
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+struct TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
+};
+
+// Returns 0, or 1 where the system does not lend the registers that the kernel needs.
+extern "C" int run(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    static const bool lent = request_tiles();
+    if (!lent) return 1;
+    const Workspace w = plan_workspace(a);
+    const int blocks = a.batch * HEAD_BLOCKS;
+    w.split_offset[0] = 0;
+    for (int block = 0; block < blocks; block++) {
+        const int request = block / HEAD_BLOCKS;
+        const int keys = keys_of(a, request_of(a, request), request, block % HEAD_BLOCKS * HEADS_PER_TASK);
+        w.split_offset[block + 1] = w.split_offset[block] + (int)divide_up(keys, SPLIT_KEYS);
+    }
+    const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
+    w.tile_offset[0] = 0;
+    for (int request = 0; request < a.batch; request++) {
+        const Request r = request_of(a, request);
+        const int scored_keys = r.rows > 0 ? larger(0, r.first_position) : 0;
+        w.tile_offset[request + 1] = w.tile_offset[request] + (int)divide_up(scored_keys, KEY_TILE);
+    }
+
+#pragma omp parallel num_threads(a.threads)
+    {
+        char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
+        const TileShapes shapes;
+        _tile_loadconfig(&shapes);
+#pragma omp for schedule(dynamic, 1)
+        for (int split = 0; split < splits; split++) {
+            int block = 0;
+            while (w.split_offset[block + 1] <= split) block++;
+            Task task = {block / HEAD_BLOCKS, block % HEAD_BLOCKS, split, 0, 0};
+            const int keys = keys_of(a, request_of(a, task.request), task.request, task.head_block * HEADS_PER_TASK);
+            task.begin = (split - w.split_offset[block]) * SPLIT_KEYS;
+            task.end = smaller(keys, task.begin + SPLIT_KEYS);
+            attend_split(a, w, task, scratch);
+        }
+        _tile_release();
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < (int64_t)rows * NUM_Q_HEADS; item++) {
+            const int row = (int)(item / NUM_Q_HEADS);
+            int request = 0;
+            while (a.cu_q[request + 1] <= row) request++;
+            merge_row(a, w, request, row - a.cu_q[request], (int)(item % NUM_Q_HEADS));
+        }
+#pragma omp for schedule(static)
+        for (int tile = 0; tile < w.tile_offset[a.batch]; tile++) {
+            int request = 0;
+            while (w.tile_offset[request + 1] <= tile) request++;
+            score_tile(a, w, request, tile - w.tile_offset[request]);
+        }
+    }
+    return 0;
+}
