@@ -6,6 +6,8 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+import torch
+
 from specattn_codegen.arch import Arch, Vendor
 from specattn_codegen.build import cpu
 from specattn_codegen.plan import Backend
@@ -49,8 +51,13 @@ def silicon(arch: Arch) -> Silicon:
         num_sms=arch.num_sms,
         smem_per_block=arch.smem_per_block,
         l2_bytes=arch.l2_bytes,
-        bandwidth_gbs=arch.bandwidth_gbs if arch.is_gpu else 0.0,
+        bandwidth_gbs=float(arch.bandwidth_gbs) if arch.is_gpu else 0.0,
     )
+
+
+def device_name(arch: Arch) -> str:
+    """The product's name of a processor that is here: the GPU's by its driver, the CPU's as its Arch found it."""
+    return torch.cuda.get_device_name() if arch.is_gpu else arch.source.removeprefix("this machine: ")
 
 
 def compiler_version(backend: Backend) -> str:

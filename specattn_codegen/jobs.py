@@ -12,6 +12,7 @@ import torch
 
 from specattn_codegen import build, cost_model
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.resources import Resources
 from specattn_codegen.kernel import Call, Kernel
 from specattn_codegen.measure import rotating, time_interleaved, timed_calls, timer_for
 from specattn_codegen.outcome import Outcome, Status
@@ -82,7 +83,8 @@ class InterpretJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureJob:
-    """Builds, proves and times plans on the device at hand; several take turns within one measurement.
+    """Builds, proves and times plans on the device at hand; several take turns within one measurement. On a GPU the
+    outcome has the resources of the last plan.
 
     seconds  of timing, for all plans together
     """
@@ -96,6 +98,13 @@ class MeasureJob:
     seconds: float
 
     def run(self) -> Outcome:
+        resources: tuple[Resources, ...] = ()
+        if self.arch.is_gpu:
+            for plan in self.plans:
+                compiled = CompileJob(spec=self.spec, plan=plan, arch=self.arch).run()
+                if compiled.status is not Status.OK:
+                    return compiled
+                resources = compiled.resources
         device = "cuda" if self.arch.is_gpu else "cpu"
         kernels = [build.load(render_for(self.spec, plan, self.arch)) for plan in self.plans]
         worst = 0.0
@@ -110,7 +119,7 @@ class MeasureJob:
             timings = time_interleaved(launches, seconds=self.seconds, timer=timer_for(self.arch))
         except launch_errors(self.plans[0].backend) as error:
             return Outcome(status=Status.RUNTIME, detail=_first_line(error))
-        return Outcome(status=Status.OK, worst_error=worst, timings=timings)
+        return Outcome(status=Status.OK, worst_error=worst, timings=timings, resources=resources)
 
 
 def render_for(spec: KernelSpec, plan: Plan, arch: Arch) -> Source:

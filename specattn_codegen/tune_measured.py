@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from specattn_codegen import space
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.measure import beats
-from specattn_codegen.outcome import Status, Timing
+from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.search import Search
@@ -44,18 +44,19 @@ def tune_measured(
 
     One worker at a time, since candidates that share the processor would time each other.
     """
-    with WorkerPool[TuningJob](size=1, deadline_s=CANDIDATE_SECONDS) as pool:
+    environment = {"TRITON_INTERPRET": None}
+    with WorkerPool[TuningJob](size=1, deadline_s=CANDIDATE_SECONDS, environment=environment) as pool:
         for index, task in enumerate(tasks):
             if budget.is_spent:
                 return
             share = budget.seconds_left / (len(tasks) - index)
             own = dataclasses.replace(budget, ends_at=budget.clock() + share) if math.isfinite(share) else budget
-            timings: dict[Plan, Timing] = {}
+            timed: dict[Plan, Outcome] = {}
             try:
-                _explore(task, target, own, logbook, listener, pool, timings)
-                timings = _rematch(task, target, budget.seed, timings, pool) or timings
+                _explore(task, target, own, logbook, listener, pool, timed)
+                timed = _rematch(task, target, budget.seed, timed, pool) or timed
             finally:
-                winners = _winners(task, target, timings, logbook)
+                winners = _winners(task, target, timed, logbook)
                 publish(winners)
                 listener.task_done(task, winners)
 
@@ -67,9 +68,9 @@ def _explore(
     logbook: Logbook,
     listener: Listener,
     pool: WorkerPool[TuningJob],
-    timings: dict[Plan, Timing],
+    timed: dict[Plan, Outcome],
 ) -> None:
-    """Fills `timings` with every plan that is right and was timed, the default first."""
+    """Fills `timed` with every plan that is right, the default first."""
     (workload,) = task.workloads
     default = space.default_plan(task.spec, target.arch, target.backend)
     search = Search(task.spec, target.arch, target.backend, seeds=(), trials=budget.trials, seed=budget.seed)
@@ -82,27 +83,35 @@ def _explore(
             if trial.plan == default:
                 require_default(trial)
             if trial.outcome.status is Status.OK:
-                timings[trial.plan] = trial.outcome.timings[0]
-            search.tell(trial.plan, timings[trial.plan].median_us if trial.plan in timings else None)
-            best = min((timing.median_us for timing in timings.values()), default=None)
-            listener.trial_done(task, trial, best)
+                timed[trial.plan] = trial.outcome
+            search.tell(trial.plan, _median_us(timed[trial.plan]) if trial.plan in timed else None)
+            listener.trial_done(task, trial, min(map(_median_us, timed.values()), default=None))
         if budget.is_spent:
             return
 
 
+def _median_us(outcome: Outcome) -> float:
+    return outcome.timings[0].median_us
+
+
 def _rematch(
-    task: Task, target: Target, seed: int, timings: dict[Plan, Timing], pool: WorkerPool[TuningJob]
-) -> dict[Plan, Timing]:
+    task: Task, target: Target, seed: int, timed: Mapping[Plan, Outcome], pool: WorkerPool[TuningJob]
+) -> dict[Plan, Outcome]:
     """The default and the fastest few, timed again in turns: what was timed minutes apart is not comparable."""
     default = space.default_plan(task.spec, target.arch, target.backend)
-    fastest = sorted((plan for plan in timings if plan != default), key=lambda plan: timings[plan].median_us)
-    finalists = (*((default,) if default in timings else ()), *fastest[:FINALISTS])
+    fastest = sorted((plan for plan in timed if plan != default), key=lambda plan: _median_us(timed[plan]))
+    finalists = (*((default,) if default in timed else ()), *fastest[:FINALISTS])
     if len(finalists) < 2:
         return {}
     seconds = FINAL_SECONDS * len(finalists)
     job = measure_job(task.spec, finalists, task.workloads[0], target, seed=seed, seconds=seconds)
     ((_, outcome),) = pool.run([job])
-    return dict(zip(finalists, outcome.timings, strict=True)) if outcome.status is Status.OK else {}
+    if outcome.status is not Status.OK:
+        return {}
+    return {
+        plan: dataclasses.replace(timed[plan], timings=(timing,))
+        for plan, timing in zip(finalists, outcome.timings, strict=True)
+    }
 
 
 def winner(default: Plan, timings: Mapping[Plan, Timing]) -> Plan:
@@ -113,13 +122,13 @@ def winner(default: Plan, timings: Mapping[Plan, Timing]) -> Plan:
     return fastest
 
 
-def _winners(task: Task, target: Target, timings: dict[Plan, Timing], logbook: Logbook) -> list[Entry]:
-    if not timings:
+def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook: Logbook) -> list[Entry]:
+    if not timed:
         return []
     (workload,) = task.workloads
     default = space.default_plan(task.spec, target.arch, target.backend)
-    plan = winner(default, timings)
-    timing = timings[plan]
+    plan = winner(default, {plan: outcome.timings[0] for plan, outcome in timed.items()})
+    timing = timed[plan].timings[0]
     return [
         Entry(
             spec=task.spec,
@@ -130,7 +139,7 @@ def _winners(task: Task, target: Target, timings: dict[Plan, Timing], logbook: L
             latency_us=timing.median_us,
             noise_us=(timing.p80_us - timing.p20_us) / 2,
             share_of_ceiling=floor_us(task.spec, workload, target.arch) / timing.median_us,
-            resources=(),
+            resources=timed[plan].resources,
             source_digest=logbook.source_digest(task.spec, plan),
             environment=logbook.environment,
         )

@@ -63,7 +63,7 @@ def tune_modelled(
             if math.isfinite(share):
                 search_budget = dataclasses.replace(budget, ends_at=budget.clock() + SEARCH_SHARE * share)
             compiled = _compile(task, target, search_budget, logbook, listener, compilers)
-            winners = _proved_winners(task, compiled, target, budget, logbook, listener, interpreters)
+            winners = proved_winners(task, compiled, target, budget, logbook, listener, interpreters)
             publish(winners)
             listener.task_done(task, winners)
 
@@ -155,7 +155,7 @@ def _footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:
     )
 
 
-def _proved_winners(
+def proved_winners(
     task: Task,
     compiled: Mapping[Plan, tuple[Resources, ...]],
     target: Target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ class Logbook:
     @classmethod
     def open(cls, target: Target, heads: HeadConfig) -> Logbook:
         path = record.records_path(target.arch, heads)
-        device = target.arch.source if target.is_present else None
+        device = environment.device_name(target.arch) if target.is_present else None
         book = cls(target, path, environment.current(target.backend, device))
         book.known = {trial.identity: trial for trial in record.read(path) if trial.is_settled}
         return book
@@ -143,25 +144,27 @@ class Logbook:
         predict: Callable[[Trial, Outcome], Mapping[str, float]] | None = None,
     ) -> list[Record]:
         """The records of `trials`, in their order. Those that have to run are appended to the file as they finish."""
-        empty = [self._record(trial, Outcome(status=Status.INVALID), {}) for trial in trials]
+        blanks = [self.blank(trial) for trial in trials]
         waiting = {
-            trial.job: trial for trial, blank in zip(trials, empty, strict=True) if blank.identity not in self.known
+            trial.job: (trial, blank)
+            for trial, blank in zip(trials, blanks, strict=True)
+            if blank.identity not in self.known
         }
         fresh: dict[Identity, Record] = {}
         for job, outcome in pool.run(list(waiting)):
-            trial = waiting[job]
-            finished = self._record(trial, outcome, predict(trial, outcome) if predict else {})
+            trial, blank = waiting[job]
+            predicted_us = predict(trial, outcome) if predict else {}
+            finished = dataclasses.replace(blank, outcome=outcome, predicted_us=predicted_us)
             record.append(self.path, finished)
             fresh[finished.identity] = finished
-        for identity, finished in fresh.items():
-            if finished.is_settled:
-                self.known[identity] = finished
-        return [fresh.get(blank.identity) or self.known[blank.identity] for blank in empty]
+        self.known.update({identity: finished for identity, finished in fresh.items() if finished.is_settled})
+        return [fresh.get(blank.identity) or self.known[blank.identity] for blank in blanks]
 
     def source_digest(self, spec: KernelSpec, plan: Plan) -> str:
         return render_for(spec, plan, self.target.arch).digest
 
-    def _record(self, trial: Trial, outcome: Outcome, predicted_us: Mapping[str, float]) -> Record:
+    def blank(self, trial: Trial) -> Record:
+        """What a trial's record will say of it, before its outcome is known."""
         return Record(
             stage=trial.stage,
             spec=trial.spec,
@@ -170,8 +173,7 @@ class Logbook:
             source_digest=self.source_digest(trial.spec, trial.plan),
             silicon=environment.silicon(self.target.arch),
             environment=self.environment,
-            outcome=outcome,
-            predicted_us=predicted_us,
+            outcome=Outcome(status=Status.INVALID, detail="not tried"),
         )
 
 

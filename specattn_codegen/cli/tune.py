@@ -16,6 +16,7 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.cli import console
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table
 from specattn_codegen.cli.progress import console as output
+from specattn_codegen.environment import device_name
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.plan import BACKENDS, Backend
@@ -76,9 +77,10 @@ def command(
     if list_models or list_gpus:
         click.echo("\n".join(models.names() if list_models else (*gpus.names(), "cpu")))
         return
+    require_writable(paths.cache_dir(), "SPECATTN_CACHE_DIR")
     target = find_target(gpu, backend, page_size)
     kinds = find_heads(model, heads, tp)
-    folder = require_writable(out or paths.user_packs_dir())
+    folder = require_writable(out or paths.user_packs_dir(), "--out")
     budget = find_budget(trials, timeout, seed, target)
     tune_all(kinds, target, dtype, ops or OPS, budget, folder)
 
@@ -124,14 +126,14 @@ def find_budget(trials: int | None, timeout: float | None, seed: int, target: Ta
     return Budget(trials=trials or usual, seed=seed, ends_at=ends_at)
 
 
-def require_writable(folder: Path) -> Path:
+def require_writable(folder: Path, name: str) -> Path:
     """Finds out before an hour of tuning, not after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             os.write(probe.fileno(), b"0")
     except OSError as error:
-        raise SpecError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+        raise SpecError(f"{name} {folder}: cannot be written ({error.strerror}); choose another folder") from error
     return folder
 
 
@@ -166,7 +168,7 @@ def report(screen: Console, progress: TuningProgress, target: Target, packs: lis
     if not progress.winners:
         return
     screen.print(closing_table(progress.winners))
-    device = target.arch.source.removeprefix("this machine: ") if target.is_present else target.arch.name
+    device = device_name(target.arch) if target.is_present else target.arch.name
     for line in closing_lines([path for path in packs if path.exists()], device, progress.winners):
         screen.print(line, markup=False, soft_wrap=True)
     if progress.unfinished:

@@ -1,0 +1,212 @@
+"""Tuning end to end: real workers on a tiny head configuration, and the rules by which winners are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from specattn_codegen import cpu_info, environment, gpus, pack, record, space, tune_modelled
+from specattn_codegen.build.resources import Resources
+from specattn_codegen.cost_model import guess_resources, predict
+from specattn_codegen.cost_model.floor import floor_us
+from specattn_codegen.errors import BuildError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.outcome import Outcome, Status, Timing
+from specattn_codegen.pack import Entry
+from specattn_codegen.plan import Plan
+from specattn_codegen.record import Record
+from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tune import plan_tasks, tune
+from specattn_codegen.tune_measured import winner
+from specattn_codegen.tune_session import Budget, Logbook, Target, Task, Trial, require_default
+
+HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
+SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
+CPU_VERIFY = KernelSpec(op="verify_attention", heads=HEADS, score=ScoreSpec())
+GPU_VERIFY = dataclasses.replace(CPU_VERIFY, dtype="bfloat16", page_size=16)
+SIZES = (Workload(batch=1, q_len=3, kv_len=700), Workload(batch=4, q_len=3, kv_len=20_000))
+H100 = Target(arch=gpus.find("h100"), backend="triton", is_present=False, page_size=16)
+
+
+class Watcher:
+    """Keeps what a run tells its listener."""
+
+    def __init__(self) -> None:
+        self.trials: list[Record] = []
+        self.best: list[float | None] = []
+        self.winners: list[Entry] = []
+        self.proofs = 0
+
+    def task_started(self, task: Task, trials: int) -> None:  # noqa: ARG002
+        self.allowed = trials
+
+    def trial_done(self, task: Task, trial: Record, best_us: float | None) -> None:  # noqa: ARG002
+        self.trials.append(trial)
+        self.best.append(best_us)
+
+    def proving(self, task: Task, count: int) -> None:  # noqa: ARG002
+        self.proofs += count
+
+    def task_done(self, task: Task, winners: Sequence[Entry]) -> None:  # noqa: ARG002
+        self.winners.extend(winners)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_cpu_is_measured_and_a_second_run_repeats_no_trial(own_cache: Path) -> None:
+    arch = dataclasses.replace(cpu_info.detect(measure=False), bandwidth_gbs=10.0, fp32_tflops=0.1, bf16_tflops=0.1)
+    target = Target(arch=arch, backend="cpu", is_present=True, page_size=16)
+    tasks = plan_tasks([(CPU_VERIFY, SIZES[:1]), (SELECT, SIZES[:1])], target)
+    watcher = Watcher()
+    tune(tasks, target, Budget(trials=2, seed=0), watcher, own_cache / "packs")
+
+    assert [trial.outcome.status for trial in watcher.trials] == [Status.OK] * 4
+    assert watcher.trials[0].plan == space.default_plan(CPU_VERIFY, arch, "cpu")
+    saved = pack.load(pack.pack_path(own_cache / "packs", arch, HEADS)).entries
+    assert set(saved) == set(watcher.winners)
+    for entry in saved:
+        assert (entry.chosen_by, entry.proved_by) == ("measured", "device")
+        assert entry.share_of_ceiling == pytest.approx(floor_us(entry.spec, entry.workload, arch) / entry.latency_us)
+        found = pack.lookup(entry.spec, entry.workload, arch, [own_cache / "packs"])
+        assert found is not None
+        assert found.plan == entry.plan
+    recorded = record.read(record.records_path(arch, HEADS))
+    assert len(recorded) == 4
+
+    again = Watcher()
+    tune(tasks, target, Budget(trials=2, seed=0), again, own_cache / "packs")
+    assert again.trials == watcher.trials
+    assert record.read(record.records_path(arch, HEADS)) == recorded
+
+
+def test_an_absent_gpu_is_modelled_from_binaries_and_proved_in_the_interpreter(own_cache: Path) -> None:
+    watcher, out = Watcher(), own_cache / "packs"
+    tasks = plan_tasks([(GPU_VERIFY, SIZES)], H100)
+    assert len(tasks) == 1
+    tune(tasks, H100, Budget(trials=2, seed=0), watcher, out)
+
+    assert {entry.workload for entry in watcher.winners} == set(SIZES)
+    assert watcher.proofs >= 1
+    for entry in watcher.winners:
+        assert (entry.chosen_by, entry.proved_by) == ("modelled", "interpreter-float16-twin")
+        assert {kernel.kernel for kernel in entry.resources} == {"attend_splits", "merge_splits", "score_keys"}
+        assert all(kernel.registers > 0 and kernel.binary_bytes > 0 for kernel in entry.resources)
+        predicted = predict(entry.spec, entry.workload, entry.plan, H100.arch, entry.resources)
+        assert entry.latency_us == predicted.latency_us
+        assert entry.environment.device is None
+    recorded = record.read(record.records_path(H100.arch, HEADS))
+    assert {one.stage for one in recorded} == {"compile", "interpret"}
+    for one in recorded:
+        if one.stage == "compile":
+            assert set(one.predicted_us) == {workload.name for workload in SIZES}
+    assert json.loads(pack.pack_path(out, H100.arch, HEADS).read_text())["entries"]
+
+
+def test_no_time_at_all_tunes_nothing_and_writes_nothing(own_cache: Path) -> None:
+    watcher = Watcher()
+    tasks = plan_tasks([(SELECT, SIZES)], H100)
+    tune(tasks, H100, Budget(trials=2, seed=0, ends_at=0.0), watcher, own_cache / "packs")
+    assert watcher.trials == []
+    assert not (own_cache / "packs").exists()
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+DEFAULT, FAST, FASTER = (Plan.of("cpu", radix_bits=bits) for bits in (11, 8, 9))
+
+
+def steady(median_us: float) -> Timing:
+    return Timing(median_us=median_us, p20_us=median_us * 0.999, p80_us=median_us * 1.001, n=50)
+
+
+def test_the_default_stays_until_it_is_beaten() -> None:
+    assert winner(DEFAULT, {DEFAULT: steady(100), FAST: steady(99.7)}) == DEFAULT
+    assert winner(DEFAULT, {DEFAULT: steady(100), FAST: steady(90)}) == FAST
+    assert winner(DEFAULT, {DEFAULT: steady(100), FAST: steady(90), FASTER: steady(80)}) == FASTER
+    assert winner(DEFAULT, {FAST: steady(90)}) == FAST  # a default that failed cannot win
+
+
+def compiled(*plans: Plan) -> dict[Plan, tuple[Resources, ...]]:
+    return {plan: guess_resources(GPU_VERIFY, plan, H100.arch) for plan in plans}
+
+
+def test_among_equal_predictions_the_default_then_the_best_over_all_sizes() -> None:
+    task = Task(spec=GPU_VERIFY, workloads=SIZES)
+    default = space.default_plan(GPU_VERIFY, H100.arch, "triton")
+    everything = compiled(default, *tune_modelled.promising(task, H100))
+    for workload in SIZES:
+        times = {
+            plan: predict(GPU_VERIFY, workload, plan, H100.arch, taken).latency_us for plan, taken in everything.items()
+        }
+        chosen = tune_modelled.choose(task, workload, everything, H100)
+        assert chosen is not None
+        assert times[chosen] <= min(times.values()) * (1 + tune_modelled.MODEL_ERROR)
+        if times[default] <= min(times.values()) * (1 + tune_modelled.MODEL_ERROR):
+            assert chosen == default
+    assert tune_modelled.choose(task, SIZES[0], compiled(default), H100) == default
+    assert tune_modelled.choose(task, SIZES[0], {}, H100) is None
+
+
+def test_promising_plans_are_the_models_best_for_some_size() -> None:
+    task = Task(spec=GPU_VERIFY, workloads=SIZES)
+    feasible = compiled(*space.feasible(GPU_VERIFY, H100.arch, "triton"))
+    for workload, plan in zip(SIZES, tune_modelled.promising(task, H100), strict=False):
+        best = min(
+            predict(GPU_VERIFY, workload, other, H100.arch, taken).latency_us for other, taken in feasible.items()
+        )
+        assert predict(GPU_VERIFY, workload, plan, H100.arch, feasible[plan]).latency_us == best
+
+
+@dataclass(slots=True)
+class Refuting(Logbook):
+    """A logbook whose interpreter refutes chosen plans."""
+
+    refuted: set[Plan] = field(default_factory=set)
+    asked: list[Plan] = field(default_factory=list)
+
+    def run(self, pool: object, trials: Sequence[Trial], predict: object = None) -> list[Record]:  # noqa: ARG002
+        self.asked.extend(trial.plan for trial in trials)
+        wrong, right = (Outcome(status=status, worst_error=0.1) for status in (Status.WRONG, Status.OK))
+        return [
+            dataclasses.replace(self.blank(trial), outcome=wrong if trial.plan in self.refuted else right)
+            for trial in trials
+        ]
+
+
+def test_a_winner_that_fails_its_proof_gives_way_to_the_next_best() -> None:
+    task = Task(spec=GPU_VERIFY, workloads=SIZES[:1])
+    plans = list(space.feasible(GPU_VERIFY, H100.arch, "triton"))[:40]
+    everything = compiled(*plans)
+    best = tune_modelled.choose(task, SIZES[0], everything, H100)
+    assert best is not None
+    second = tune_modelled.choose(
+        task, SIZES[0], {plan: taken for plan, taken in everything.items() if plan != best}, H100
+    )
+    book = Refuting(H100, Path("never written"), environment.current("triton", None), refuted={best})
+    with tune_modelled.WorkerPool(size=1, deadline_s=1.0) as pool:
+        (entry,) = tune_modelled.proved_winners(task, everything, H100, Budget(trials=1, seed=0), book, Watcher(), pool)
+        assert book.asked == [best, second]
+        assert entry.plan == second
+        book.refuted = set(everything)
+        assert (
+            tune_modelled.proved_winners(task, everything, H100, Budget(trials=1, seed=0), book, Watcher(), pool) == []
+        )
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_default_that_does_not_build_is_the_machines_fault() -> None:
+    book = Logbook.open(H100, HEADS)
+    job = tune_modelled.compile_trial(SELECT, space.default_plan(SELECT, H100.arch, "triton"), H100)
+    outcome = Outcome(status=Status.COMPILE, detail="no compiler; install one")
+    failed = dataclasses.replace(book.blank(job), outcome=outcome)
+    with pytest.raises(BuildError, match="no compiler; install one"):
+        require_default(failed)
