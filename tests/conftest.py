@@ -13,6 +13,8 @@ import torch
 CACHE = tempfile.mkdtemp(prefix="specattn-tests-")
 os.environ["SPECATTN_CACHE_DIR"] = CACHE
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of a GPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores; threads that wait for each other would wait for other tests
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it as it is imported
 

@@ -26,7 +26,7 @@ from specattn_codegen.tune_session import Budget, Target, Task
 from specattn_codegen.workloads import default_workloads, model_specs
 
 DEFAULT_PAGE_SIZE = 16
-DEFAULT_TRIALS = {"modelled": 24, "measured": 12}
+DEFAULT_TRIALS = {"modelled": 16, "measured": 12}
 EXAMPLES = """
 \b
 Examples:
@@ -46,7 +46,7 @@ Examples:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of q and the KV cache. [bfloat16; float32 on the CPU]")
 @click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page of the cache.")
 @click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks the heads are split over.")
-@click.option("--trials", type=int, help="Plans tried per search. [24 where modelled, 12 where measured]")
+@click.option("--trials", type=int, help="Plans tried per search. [16 where modelled, 12 where measured]")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [the only one the processor has]")

@@ -159,12 +159,18 @@ static void select_row(const Arguments& a, int request, int row, const Scratch& 
     a.counts[request * a.count_request + row] = (int32_t)taken;
 }
 
+constexpr int64_t SCORES_PER_THREAD = 16 << 10;  // a thread is worth waking for about 10 microseconds of work
+
+static int useful_threads(const Arguments& a) {
+    return (int)smaller(a.threads, 1 + (int64_t)a.batch * a.rows * a.columns / SCORES_PER_THREAD);
+}
+
 extern "C" int64_t workspace_bytes(const Arguments* a) { return a->threads * scratch_bytes(*a); }
 
 // Always returns 0: every processor runs it.
 extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(useful_threads(a))
     {
         const Scratch s = scratch_of(a, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)

@@ -484,6 +484,17 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
 
 // ---- entry points ----
 
+// A thread is worth waking for this much: about 10 microseconds of reading or multiplying.
+constexpr int64_t BYTES_PER_THREAD = 128 << 10;
+constexpr int64_t PRODUCTS_PER_THREAD = 512 << 10;
+
+// Results do not depend on the number of threads: splits have a fixed length.
+static int useful_threads(const Arguments& a, int64_t keys) {
+    const int64_t elements = keys * (HEAD_DIM + V_HEAD_DIM);
+    const int64_t bytes = elements * (int64_t)sizeof(Element), products = elements * GROUP * a.max_q;
+    return smaller(a.threads, 1 + (int)(bytes / BYTES_PER_THREAD + products / PRODUCTS_PER_THREAD));
+}
+
 extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*a).bytes; }
 
 // Returns 0, or 1 where the system does not lend the registers that the kernel needs.
@@ -491,15 +502,17 @@ extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Workspace w = plan_workspace(a);
     const int blocks = a.batch * HEAD_BLOCKS;
+    int64_t keys_in_all = 0;
     w.split_offset[0] = 0;
     for (int block = 0; block < blocks; block++) {
         const int request = block / HEAD_BLOCKS;
         const int keys = keys_of(a, request_of(a, request), request, block % HEAD_BLOCKS * HEADS_PER_TASK);
         w.split_offset[block + 1] = w.split_offset[block] + (int)divide_up(keys, SPLIT_KEYS);
+        keys_in_all += (int64_t)keys * HEADS_PER_TASK;
     }
     const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
 
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(useful_threads(a, keys_in_all))
     {
         char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
