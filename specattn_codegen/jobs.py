@@ -21,9 +21,12 @@ from specattn_codegen.prove import ON_DEVICE, Extent, prove
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, Workload
 
-INTERPRETED_RAGGED = Extent(keys=0, ragged=70)
-INTERPRETED_SPLITS = Extent(keys=600, ragged=0)
-INTERPRETED_SELECTION = Extent(keys=300, ragged=130)
+# The interpreter takes milliseconds a block, so a proof in it is in parts, each small where the others are large.
+INTERPRETED_SELECTION = Extent(keys=300, ragged=130, rows=1)
+ALL_HEADS = Extent(keys=0, ragged=40, rows=2)
+SEVERAL_ROW_TILES = 64  # packed rows: query rows times the heads of a group
+SEVERAL_SPLITS = Extent(keys=600, ragged=0, rows=4)
+ONE_TILE_HEADS = 4  # with SEVERAL_SPLITS' rows no more than the smallest tile, so that blocks are left to split keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ class InterpretJob:
     def run(self) -> Outcome:
         spec = interpreted_twin(self.spec)
         worst = 0.0
-        for proved, extent in self._proofs(spec):
+        for proved, extent in self.proofs(spec):
             kernel = build.load(render_for(proved, self.plan, self.arch))
             try:
                 outcome = _proved(kernel, self.workload, spec.page_size, self.seed, "cpu", extent)
@@ -72,13 +75,22 @@ class InterpretJob:
         return Outcome(status=Status.OK, worst_error=worst)
 
     @staticmethod
-    def _proofs(spec: KernelSpec) -> tuple[tuple[KernelSpec, Extent], ...]:
-        """A grid with many KV heads fills the interpreter's few multiprocessors and splits nothing, so the split keys
-        and their merging are proved on one KV head of the same kernel."""
+    def proofs(spec: KernelSpec) -> tuple[tuple[KernelSpec, Extent], ...]:
+        """All heads on a small ragged batch; one KV head with several tiles of rows; and one tile of rows over several
+        splits, since a grid with many tiles fills the interpreter's few multiprocessors and splits no keys."""
         if spec.op == "select_kv":
             return ((spec, INTERPRETED_SELECTION),)
-        one_head = dataclasses.replace(spec, heads=spec.heads.shard(spec.heads.num_kv_heads))
-        return ((spec, INTERPRETED_RAGGED), (one_head, INTERPRETED_SPLITS))
+        group = spec.heads.group
+        one_head = dataclasses.replace(spec.heads, num_q_heads=group, num_kv_heads=1)
+        one_tile = dataclasses.replace(one_head, num_q_heads=min(group, ONE_TILE_HEADS))
+        return (
+            (spec, ALL_HEADS),
+            (
+                dataclasses.replace(spec, heads=one_head),
+                Extent(keys=0, ragged=70, rows=max(2, SEVERAL_ROW_TILES // group)),
+            ),
+            (dataclasses.replace(spec, heads=one_tile), SEVERAL_SPLITS),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,13 +28,15 @@ class Extent:
 
     keys    most keys of the workload's own problem, of one request; 0 leaves that problem out
     ragged  keys before the rows of the longest ragged request; 0 leaves the ragged problem out
+    rows    most query rows of a request
     """
 
     keys: int
     ragged: int
+    rows: int
 
 
-ON_DEVICE = Extent(keys=2500, ragged=693)
+ON_DEVICE = Extent(keys=2500, ragged=693, rows=64)
 
 
 def prove(kernel: Kernel, *, workload: Workload, page_size: int, seed: int, device: str, extent: Extent) -> Verdict:
@@ -82,7 +84,7 @@ def attention_problems(
 ) -> Iterator[AttentionProblem]:
     """First ragged: an empty request, one without a prefix, a short one and one of several tiles, softmax peaked and
     heads before slots in memory. Then the workload's own shape, at a moderate size."""
-    rows = workload.q_len
+    rows = min(workload.q_len, extent.rows)
     if extent.ragged:
         yield attention_problem(
             spec,

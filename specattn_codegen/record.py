@@ -34,6 +34,7 @@ class Identity(NamedTuple):
     silicon: Silicon
     compiler: str
     device: str | None
+    specattn_codegen: str  # another version may prove more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ class Record:
             self.silicon,
             self.environment.compiler,
             self.environment.device,
+            self.environment.specattn_codegen,
         )
 
     @property

@@ -22,7 +22,7 @@ SPECS = {
     "sparse": KernelSpec(op="sparse_attention", heads=HEADS, selection="kv_head"),
     "select": KernelSpec(op="select_kv", heads=HEADS, selection="kv_head"),
 }
-EXTENT = Extent(keys=300, ragged=150)
+EXTENT = Extent(keys=300, ragged=150, rows=8)
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,8 @@ class TuningProgress:
         self._bars.update(self._all, completed=self._done)
         if not self._console.is_terminal:
             found = ", ".join(f"{entry.workload.name} {microseconds(entry.latency_us)}" for entry in winners)
-            self._console.print(
-                f"[{self._done}/{self._num_tasks}] {task.spec.name}: {found or 'nothing proved'}", markup=False
-            )
+            line = f"[{self._done}/{self._num_tasks}] {task.spec.name}: {found or 'nothing proved'}"
+            self._console.print(line, markup=False, soft_wrap=True)
 
 
 def microseconds(value: float) -> str:
