@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> Non
         (folder / "half").write_text("h")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(BuildError, match="No space left.*SPECATTN_CACHE_DIR"):
+    with pytest.raises(BuildError, match=r"No space left.*SPECATTN_CACHE_DIR"):
         publish(tmp_path / "key", full)
     assert list(tmp_path.iterdir()) == []
 

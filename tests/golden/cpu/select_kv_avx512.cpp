@@ -96,8 +96,17 @@ static Threshold kth_largest(const Scratch& s, int64_t count, int64_t k) {
             k -= in_bucket;
         }
         found |= bucket << shift;
-        int64_t kept = 0;
-        for (i = 0; i < count; i++) {  // in place after the first pass: kept never overtakes i
+        int64_t kept = 0;  // candidates move in place after the first pass: kept never overtakes i
+        i = 0;
+        const __m512i wanted = _mm512_set1_epi32((int)bucket), all = _mm512_set1_epi32((int)mask);
+        for (; i + 16 <= count; i += 16) {
+            const __m512i key = _mm512_loadu_si512(keys + i);
+            const __m512i digit = _mm512_and_epi32(_mm512_srli_epi32(key, shift), all);
+            const __mmask16 keep = _mm512_cmpeq_epi32_mask(digit, wanted);
+            _mm512_storeu_si512(s.candidates + kept, _mm512_maskz_compress_epi32(keep, key));
+            kept += __builtin_popcount(keep);
+        }
+        for (; i < count; i++) {
             const uint32_t key = keys[i];
             s.candidates[kept] = key;
             kept += (key >> shift & mask) == bucket;
