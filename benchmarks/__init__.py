@@ -1,0 +1,1 @@
+"""One runner per question; each writes its results as JSON under results/<device>/."""
