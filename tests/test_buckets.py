@@ -8,7 +8,9 @@ from specattn_codegen import buckets
 from specattn_codegen.spec import OPS, Workload
 
 
-@pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (3, 4), (5, 4), (6, 8), (7, 8), (4096, 4096), (5793, 8192)])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, 1), (1, 1), (3, 4), (5, 4), (6, 8), (7, 8), (4096, 4096), (5793, 8192)]
+)
 def test_bucket_is_the_nearest_power_of_two(size: int, expected: int) -> None:
     assert buckets.bucket(size) == expected
 

@@ -43,7 +43,12 @@ def trial(detail: str = "", status: Status = Status.OK) -> Record:
             timings=(Timing(median_us=12.5, p20_us=12.0, p80_us=13.0, n=9),),
             resources=(
                 Resources(
-                    kernel="attend_splits", registers=96, spill_bytes=0, smem_bytes=40960, num_warps=4, binary_bytes=9000
+                    kernel="attend_splits",
+                    registers=96,
+                    spill_bytes=0,
+                    smem_bytes=40960,
+                    num_warps=4,
+                    binary_bytes=9000,
                 ),
             ),
         ),
