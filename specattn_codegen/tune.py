@@ -37,7 +37,3 @@ def tune(tasks: Sequence[Task], target: Target, budget: Budget, listener: Listen
 
     strategy = tune_measured if target.is_present else tune_modelled
     strategy(tasks, target, budget, logbook, listener, publish)
-
-
-def pack_file(out: Path, target: Target, heads: HeadConfig) -> Path:
-    return pack.pack_path(out, target.arch, heads)
