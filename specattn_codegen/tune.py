@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specattn_codegen import pack
-from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack import Entry
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_measured import tune_measured
