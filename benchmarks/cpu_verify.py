@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_verify --out benchmarks/results/cpu/verify.json
 
-One request, a paged cache of shuffled pages of 16 keys. Peers are torch's scaled_dot_product_attention over a contiguous
-cache, in the best of the layouts tried: query heads of a group as rows of one head, or enable_gqa. Everything of one
-case is timed in turns. The ceiling is the best of several read patterns, measured before and after.
+One request, a paged cache of shuffled pages of 16 keys. Peers are torch's scaled_dot_product_attention over a
+contiguous cache, in the best of the layouts tried: query heads of a group as rows of one head, or enable_gqa. All of
+one case is timed in turns. The ceiling is the best of several read patterns, measured before and after.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ import math
 
 from specattn_codegen.spec import Op, Workload
 
-# The sizes an operation's speed depends on. A selection reads every score whatever it keeps, and a sparse read touches
-# its budget whatever the cache holds, so those sizes do not tell two workloads apart.
+# The sizes an operation's best plan depends on. A selection reads every score whatever it keeps and treats its rows,
+# few or all layers' at once, alike; a sparse read touches its budget whatever the cache holds.
 SIZES: dict[Op, tuple[str, ...]] = {
     "verify_attention": ("batch", "q_len", "kv_len"),
-    "select_kv": ("batch", "kv_len"),
+    "select_kv": ("kv_len",),
     "sparse_attention": ("batch", "q_len", "budget"),
 }
 

@@ -16,6 +16,7 @@ from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import KernelSpec
 
 Shape = tuple[int | None, ...]
+MAX_ROWS = 65535  # of one request; the smallest limit of a launch grid's axes
 
 
 def _require(tensor: torch.Tensor, name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -77,9 +78,9 @@ def attention_call(
     q, batch = inputs.q, inputs.kv_lens.shape[0]
     capacity = inputs.page_table.shape[1] * page_size
     max_kv = capacity if max_kv is None else max_kv
-    if max_q < 1 or not 0 <= max_kv <= capacity:
+    if not 1 <= max_q <= MAX_ROWS or not 0 <= max_kv <= capacity:
         raise SpecError(
-            f"max_q={max_q}, max_kv={max_kv}: needs max_q >= 1 and 0 <= max_kv <= {capacity}, "
+            f"max_q={max_q}, max_kv={max_kv}: needs 1 <= max_q <= {MAX_ROWS} and 0 <= max_kv <= {capacity}, "
             "the keys the page table holds"
         )
     if selection is not None:
@@ -179,6 +180,7 @@ def select_call(
     if sink < 0 or recent < 0:
         raise SpecError(f"sink={sink}, recent={recent}: must be at least 0 keys")
     batch, rows, columns = scores.shape
+    sink, recent = min(sink, columns), min(recent, columns)
     width = selection_width(policy, columns, sink, recent)
     if out is None:
         out = Selection(

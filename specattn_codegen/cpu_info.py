@@ -28,6 +28,7 @@ NEEDS = {
 }
 DEFAULT_LAST_LEVEL_CACHE = 32 << 20  # where the kernel does not say
 REPEATS = 5
+RATES = ("bandwidth_gbs", "fp32_tflops")
 
 
 @functools.cache
@@ -65,13 +66,18 @@ def _cache_bytes(text: str) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
-    sizes = [
-        _cache_bytes(file.read_text().strip())
-        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
-    return max(sizes, default=DEFAULT_LAST_LEVEL_CACHE)
+def last_level_cache(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of every last-level cache together: a processor may have one for each few of its cores."""
+    deepest: dict[str, tuple[int, int]] = {}
+    for index in root.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size = int((index / "level").read_text()), _cache_bytes((index / "size").read_text().strip())
+            shared_by = (index / "shared_cpu_list").read_text().strip()
+        except OSError:
+            continue  # a core that is offline
+        deepest[shared_by] = max(deepest.get(shared_by, (0, 0)), (level, size))
+    last = max((level for level, _ in deepest.values()), default=0)
+    return sum(size for level, size in deepest.values() if level == last) or DEFAULT_LAST_LEVEL_CACHE
 
 
 def memory_bytes() -> int:
@@ -99,16 +105,21 @@ def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, floa
     }
 
 
-def _cached_rates(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
+def _cached_rates(target: str, threads: int, cache_bytes: int, *, refresh: bool) -> dict[str, float]:
+    """Rates are ceilings, so of several measurements the best is kept: a busy moment must not lower one for good."""
     model = _cpuinfo().get("model name", platform.processor())
     file = paths.cache_dir() / "machine" / f"{digest(model, target, threads, cache_bytes)}.json"
+    known: dict[str, float] = {}
     try:
-        rates = json.loads(file.read_text())
-        if all(math.isfinite(rates[name]) and rates[name] > 0 for name in ("bandwidth_gbs", "fp32_tflops")):
-            return rates
+        stored = json.loads(file.read_text())
+        if all(math.isfinite(stored[name]) and stored[name] > 0 for name in RATES):
+            known = stored
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged: measure again
-    rates = measure_rates(target, threads, cache_bytes)
+    if known and not refresh:
+        return known
+    measured = measure_rates(target, threads, cache_bytes)
+    rates = {name: max(measured[name], known.get(name, 0.0)) for name in RATES}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
@@ -120,10 +131,11 @@ def _cached_rates(target: str, threads: int, cache_bytes: int) -> dict[str, floa
 
 
 @functools.cache
-def detect(*, measure: bool = True) -> Arch:
-    """This machine's CPU. `measure=False` leaves the rates at 0, for callers that only need to build and run."""
+def detect(*, measure: bool = True, refresh: bool = False) -> Arch:
+    """This machine's CPU. `measure=False` leaves the rates at 0, for callers that only need to build and run;
+    `refresh=True` measures even where the cache has rates, for callers that compare with them."""
     target, cores, cache = instruction_set(), core_count(), last_level_cache()
-    rates = _cached_rates(target, cores, cache) if measure else {"bandwidth_gbs": 0.0, "fp32_tflops": 0.0}
+    rates = _cached_rates(target, cores, cache, refresh=refresh) if measure else dict.fromkeys(RATES, 0.0)
     return Arch(
         name="cpu",
         vendor="cpu",

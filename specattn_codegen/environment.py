@@ -56,8 +56,10 @@ def silicon(arch: Arch) -> Silicon:
 
 
 def device_name(arch: Arch) -> str:
-    """The product's name of a processor that is here: the GPU's by its driver, the CPU's as its Arch found it."""
-    return torch.cuda.get_device_name() if arch.is_gpu else arch.source.removeprefix("this machine: ")
+    """What is here by name: the GPU's by its driver, the CPU's as its Arch found it, with the threads torch uses."""
+    if arch.is_gpu:
+        return torch.cuda.get_device_name()
+    return f"{arch.source.removeprefix('this machine: ')}, {torch.get_num_threads()} threads"
 
 
 def compiler_version(backend: Backend) -> str:

@@ -34,6 +34,7 @@ class Identity(NamedTuple):
     silicon: Silicon
     compiler: str
     device: str | None
+    page_size: int
     specattn_codegen: str  # another version may prove more
 
 
@@ -44,6 +45,7 @@ class Record:
     stage         compile: for a GPU that is absent; interpret: a proof there; measure: proved and timed on the device
     workload      None where it plays no part, as in compiling
     outcome       what became of it
+    page_size     keys per page of the timed cache, where the spec leaves it to the call; 0 where nothing was timed
     predicted_us  the cost model's time by workload; empty for anything but a compiled plan
     """
 
@@ -55,6 +57,7 @@ class Record:
     silicon: Silicon
     environment: Environment
     outcome: Outcome
+    page_size: int = 0
     predicted_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -68,6 +71,7 @@ class Record:
             self.silicon,
             self.environment.compiler,
             self.environment.device,
+            self.page_size,
             self.environment.specattn_codegen,
         )
 

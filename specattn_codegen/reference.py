@@ -34,7 +34,7 @@ def attend(
     logits: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None, heads: HeadConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [Hq, N] with -inf where unseen, values [N, Hkv, Dv] -> out [Hq, Dv], lse [Hq]; (0, -inf) for no key."""
-    seen = torch.isfinite(logits).any(dim=1)  # a sink alone does not make a row see anything
+    seen = (logits != -math.inf).any(dim=1)  # a sink alone does not make a row see anything
     with_sink = logits if sinks is None else torch.cat([logits, sinks.double()[:, None]], dim=1)
     lse = torch.full((heads.num_q_heads,), -math.inf, dtype=torch.float64)
     lse[seen] = torch.logsumexp(with_sink[seen], dim=1)

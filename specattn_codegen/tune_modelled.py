@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 
-from specattn_codegen import cost_model, space
+from specattn_codegen import cost_model, cpu_info, space
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
@@ -45,8 +44,8 @@ def tune_modelled(
     listener: Listener,
     publish: Callable[[Sequence[Entry]], None],
 ) -> None:
-    """Publishes each task's winners as soon as they are proved; a task cut short by Ctrl-C publishes nothing."""
-    workers = os.cpu_count() or 1
+    """Publishes each task's winners as soon as they are proved; a task cut short publishes what is proved by then."""
+    workers = cpu_info.core_count()
     with (
         WorkerPool[TuningJob](
             size=workers, deadline_s=COMPILE_SECONDS, environment={"TRITON_INTERPRET": None}
@@ -62,9 +61,15 @@ def tune_modelled(
             search_budget = budget
             if math.isfinite(share):
                 search_budget = dataclasses.replace(budget, ends_at=budget.clock() + SEARCH_SHARE * share)
-            compiled = _compile(task, target, search_budget, logbook, listener, compilers)
-            winners = proved_winners(task, compiled, target, budget, logbook, listener, interpreters)
-            publish(winners)
+            compiled: dict[Plan, tuple[Resources, ...]] = {}
+            proved: dict[Plan, Record] = {}
+            winners: list[Entry] = []
+            try:
+                compiled = _compile(task, target, search_budget, logbook, listener, compilers)
+                prove_winners(task, compiled, proved, target, budget, logbook, listener, interpreters)
+            finally:  # Ctrl-C and the end of the time keep what is proved by then
+                winners = proved_entries(task, compiled, proved, target, logbook)
+                publish(winners)
             listener.task_done(task, winners)
 
 
@@ -155,26 +160,23 @@ def _footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:
     )
 
 
-def proved_winners(
+def prove_winners(
     task: Task,
     compiled: Mapping[Plan, tuple[Resources, ...]],
+    proved: dict[Plan, Record],
     target: Target,
     budget: Budget,
     logbook: Logbook,
     listener: Listener,
     pool: WorkerPool[TuningJob],
-) -> list[Entry]:
+) -> None:
     """A winner that fails its proof is dropped and the next best takes its place, until all stand or time ends."""
-    standing, proved = dict(compiled), dict[Plan, Record]()
+    standing = dict(compiled)
     while not budget.is_spent:
         winners = {workload: choose(task, workload, standing, target) for workload in task.workloads}
         unproved = {plan: workload for workload, plan in winners.items() if plan and plan not in proved}
         if not unproved:
-            return [
-                _entry(task.spec, workload, plan, compiled[plan], proved[plan], target, logbook)
-                for workload, plan in winners.items()
-                if plan is not None
-            ]
+            return
         listener.proving(task, len(unproved))
         proofs = [
             interpret_trial(task.spec, plan, workload, target, budget.seed) for plan, workload in unproved.items()
@@ -184,7 +186,23 @@ def proved_winners(
                 proved[proof.plan] = proof
             else:
                 del standing[proof.plan]
-    return []
+
+
+def proved_entries(
+    task: Task,
+    compiled: Mapping[Plan, tuple[Resources, ...]],
+    proved: Mapping[Plan, Record],
+    target: Target,
+    logbook: Logbook,
+) -> list[Entry]:
+    """The best proved plan of each workload."""
+    believed = {plan: compiled[plan] for plan in proved}
+    winners = {workload: choose(task, workload, believed, target) for workload in task.workloads}
+    return [
+        _entry(task.spec, workload, plan, compiled[plan], proved[plan], target, logbook)
+        for workload, plan in winners.items()
+        if plan is not None
+    ]
 
 
 def _entry(

@@ -173,6 +173,7 @@ class Logbook:
             source_digest=self.source_digest(trial.spec, trial.plan),
             silicon=environment.silicon(self.target.arch),
             environment=self.environment,
+            page_size=self.target.page_size if trial.stage == "measure" else 0,
             outcome=Outcome(status=Status.INVALID, detail="not tried"),
         )
 

@@ -51,11 +51,7 @@ def default_workloads(spec: KernelSpec, arch: Arch) -> tuple[Workload, ...]:
     pairs = GPU_SIZES if arch.is_gpu else CPU_SIZES
     verify_rows = DRAFT_LEN + 1
     if spec.op == "verify_attention":
-        rows = (
-            (1, verify_rows)
-            if spec.score is None and (arch.is_gpu or spec.heads.window is not None)
-            else (verify_rows,)
-        )
+        rows = (1, verify_rows) if spec.score is None else (verify_rows,)
         return tuple(Workload(batch=b, q_len=q_len, kv_len=n) for q_len in rows for b, n in pairs)
     q_len = verify_rows if spec.op == "select_kv" else 1
     return tuple(Workload(batch=b, q_len=q_len, kv_len=n, budget=BUDGET.budget(n - q_len)) for b, n in pairs)

@@ -205,14 +205,42 @@ def test_scores_of_the_prefix_and_the_rows_own_weights_sum_to_one() -> None:
     )
 
 
-def test_a_cold_build_is_quick_and_a_warm_one_reuses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_build_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path))
     spec = verify_spec(HEADS[32, 8, 128], "bfloat16", ScoreSpec())
-    kernel_for(spec)
-    built = sorted(paths.cache_dir().rglob("kernel.so"))
-    stamp = built[0].stat().st_mtime_ns
     start = time.perf_counter()
     kernel_for(spec)
-    assert len(built) == 1
-    assert built[0].stat().st_mtime_ns == stamp
-    assert time.perf_counter() - start < 60.0  # a hang, not a benchmark
+    assert time.perf_counter() - start < 60.0  # 1 to 2 s on an idle core; a bound on a hang, not a benchmark
+    (built,) = paths.cache_dir().rglob("kernel.so")
+    stamp = built.stat().st_mtime_ns
+    kernel_for(spec)
+    assert built.stat().st_mtime_ns == stamp
+
+
+def test_a_nan_query_head_gives_nan_and_harms_no_other() -> None:
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        kernel = kernel_for(verify_spec(SMALL, dtype))
+        problem = attention_problem(kernel.spec, q_lens=[3], kv_lens=[300], page_size=16, seed=12)
+        clean = run(kernel, problem)
+        problem.q[1, 5] = float("nan")
+        dirty = run(kernel, problem)
+        assert dirty.out[1, 5].isnan().all()
+        assert dirty.lse[1, 5].isnan()
+        others = torch.ones(3, 8, dtype=torch.bool)
+        others[1, 5] = False
+        assert torch.equal(dirty.out[others], clean.out[others])
+
+
+def test_indices_that_name_no_selectable_key_are_hidden_wherever_they_stand() -> None:
+    """Unsorted, negative, at or past the tail, past every key: the rest of the selection counts as if alone."""
+    kernel = kernel_for(sparse_spec(SMALL))
+    problem = attention_problem(kernel.spec, q_lens=[2], kv_lens=[100], page_size=16, seed=13, budget=6)
+    messy = torch.tensor([90, -1, 3, 98, 2**31 - 1, 41, 99, 7], dtype=torch.int32).expand(1, 2, 8).contiguous()
+    tidy = torch.tensor([3, 7, 41, 90], dtype=torch.int32).expand(1, 2, 4).contiguous()
+    results = [
+        run(kernel, dataclasses.replace(problem, indices=indices, counts=torch.full((1, 2), indices.shape[2]).int()))
+        for indices in (messy, tidy)
+    ]
+    torch.testing.assert_close(results[0].out, results[1].out)
+    torch.testing.assert_close(results[0].lse, results[1].lse)

@@ -10,6 +10,7 @@ import torch
 
 from cases import poisoned
 from specattn_codegen import HeadConfig, ScoreSpec, SpecError, reference
+from specattn_codegen.calls import AttentionInputs
 from specattn_codegen.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec
@@ -30,8 +31,8 @@ def problem() -> AttentionProblem:
     return attention_problem(SPEC, q_lens=[3, 2], kv_lens=[300, 40], page_size=16, seed=0, budget=20)
 
 
-def inputs(p: AttentionProblem) -> tuple[torch.Tensor, ...]:
-    return p.q, p.k_cache, p.v_cache, p.page_table, p.kv_lens, p.cu_q
+def inputs(p: AttentionProblem) -> AttentionInputs:
+    return AttentionInputs(p.q, p.k_cache, p.v_cache, p.page_table, p.kv_lens, p.cu_q)
 
 
 def test_verify_select_sparse_as_documented(kernels: Kernels, problem: AttentionProblem) -> None:
@@ -118,6 +119,14 @@ def test_bad_selections_are_refused(kernels: Kernels, problem: AttentionProblem)
         kernels.sparse_attention(*inputs(problem), blocks, problem.tail_start, max_q=3)
     with pytest.raises(SpecError, match="sink=-1"):
         kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), TopK(k=2), sink=-1)
+
+
+def test_tensors_elsewhere_and_huge_forced_runs_do_no_harm(kernels: Kernels) -> None:
+    with pytest.raises(SpecError, match="loaded for cpu"):
+        kernels.select_kv(torch.zeros(1, 2, 8, device="meta"), torch.zeros(1, dtype=torch.int32), TopK(k=2))
+    prefix_lens = torch.tensor([50], dtype=torch.int32)
+    chosen = kernels.select_kv(torch.rand(1, 2, 50), prefix_lens, TopK(k=10), sink=2**40, recent=3_000_000_000)
+    assert chosen.counts.tolist() == [[50, 50]]
 
 
 @pytest.mark.parametrize(

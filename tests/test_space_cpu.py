@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -75,7 +76,22 @@ def test_rates_are_measured_once_and_a_damaged_file_is_measured_again(
         cpu_info.detect.cache_clear()
         assert cpu_info.detect().fp32_tflops == 0.25
     assert len(calls) == 5
+    monkeypatch.setattr(cpu_info, "measure_rates", lambda *_: {"bandwidth_gbs": 20.0, "fp32_tflops": 0.125})
+    best = cpu_info.detect(refresh=True)
+    assert (best.bandwidth_gbs, best.fp32_tflops) == (20.0, 0.25)  # ceilings: the best of every measurement
     cpu_info.detect.cache_clear()
+
+
+def test_last_level_caches_of_all_cores_count_once_each(tmp_path: Path) -> None:
+    for core, sharers in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
+        for level, size, shared in ((1, "48K", f"{core}"), (2, "2048K", f"{core}"), (3, "32M", sharers)):
+            index = tmp_path / f"cpu{core}" / "cache" / f"index{level}"
+            index.mkdir(parents=True)
+            (index / "level").write_text(f"{level}\n")
+            (index / "size").write_text(f"{size}\n")
+            (index / "shared_cpu_list").write_text(f"{shared}\n")
+    assert cpu_info.last_level_cache(tmp_path) == 64 << 20
+    assert cpu_info.last_level_cache(tmp_path / "nothing") == cpu_info.DEFAULT_LAST_LEVEL_CACHE
 
 
 def test_the_probe_measures_something_plausible() -> None:

@@ -193,13 +193,16 @@ def test_a_winner_that_fails_its_proof_gives_way_to_the_next_best() -> None:
     )
     book = Refuting(H100, Path("never written"), environment.current("triton", None), refuted={best})
     with tune_modelled.WorkerPool(size=1, deadline_s=1.0) as pool:
-        (entry,) = tune_modelled.proved_winners(task, everything, H100, Budget(trials=1, seed=0), book, Watcher(), pool)
+        proved: dict[Plan, Record] = {}
+        budget = Budget(trials=1, seed=0)
+        tune_modelled.prove_winners(task, everything, proved, H100, budget, book, Watcher(), pool)
+        (entry,) = tune_modelled.proved_entries(task, everything, proved, H100, book)
         assert book.asked == [best, second]
         assert entry.plan == second
         book.refuted = set(everything)
-        assert (
-            tune_modelled.proved_winners(task, everything, H100, Budget(trials=1, seed=0), book, Watcher(), pool) == []
-        )
+        none_proved: dict[Plan, Record] = {}
+        tune_modelled.prove_winners(task, everything, none_proved, H100, budget, book, Watcher(), pool)
+        assert tune_modelled.proved_entries(task, everything, none_proved, H100, book) == []
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -31,7 +31,7 @@ BATCH_INVARIANT_WORKLOAD = Workload(batch=1, q_len=1, kv_len=4096, budget=256)
 
 
 class Kernels:
-    """The operations of one HeadConfig on one device. Not for use by two threads at once: they share scratch memory.
+    """The operations of one HeadConfig on one device. They share scratch memory: one thread and stream at a time.
 
     `rungs` tells, for every kernel in use, how its plan was found: exact, nearest or default.
     """
@@ -46,15 +46,17 @@ class Kernels:
         *,
         strict: bool,
         batch_invariant: bool,
+        keep_scratch: bool,
     ) -> None:
         self.heads = heads
         self.arch = arch
         self.device = device
-        self.dtype = dtype
+        self.dtype: Dtype = dtype
         self.page_size = page_size
         self.rungs: dict[tuple[KernelSpec, Workload], str] = {}
         self._strict = strict
         self._batch_invariant = batch_invariant
+        self._keep_scratch = keep_scratch
         self._kernels: dict[tuple[KernelSpec, Workload], Kernel] = {}
         self._specs: dict[tuple[Op, ScoreSpec | None, ScoreHeads | None], KernelSpec] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
@@ -86,6 +88,7 @@ class Kernels:
         """
         spec = self._spec("verify_attention", score, None)
         inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
+        self._require_here(q, "q")
         call = attention_call(spec, self.page_size, inputs, max_q=max_q, max_kv=max_kv, sinks=sinks, out=out)
         kernel = self._kernel(spec, call.batch, max_q, call.max_kv, 0)
         kernel.launch(call, self._workspace(kernel, call, workspace))
@@ -106,6 +109,7 @@ class Kernels:
 
         The first `sink` and the last `recent` prefix keys are always kept and count inside the budget.
         """
+        self._require_here(scores, "scores")
         call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, out=out)
         heads: ScoreHeads = "kv_head" if scores.shape[1] == self.heads.num_kv_heads else "layer"
         spec = self._spec("select_kv", None, heads)
@@ -138,6 +142,7 @@ class Kernels:
         layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
         spec = self._spec("sparse_attention", None, "layer" if layer else "kv_head")
         inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
+        self._require_here(q, "q")
         call = attention_call(
             spec,
             self.page_size,
@@ -164,13 +169,21 @@ class Kernels:
             self._kernel(self._spec("select_kv", None, score.heads), batch, 1, max_kv, budget)
             self._kernel(self._spec("sparse_attention", None, score.heads), batch, 1, max_kv, budget)
 
+    def _require_here(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.device.type != self.device.type:
+            raise SpecError(
+                f"{name} is on {tensor.device}: these kernels were loaded for {self.device}; "
+                f"load them with device={tensor.device.type!r} or move the tensors"
+            )
+
     def _spec(self, op: Op, score: ScoreSpec | None, selection: ScoreHeads | None) -> KernelSpec:
         key = (op, score, selection)
         if key not in self._specs:
+            dtype: Dtype = "float32" if op == "select_kv" else self.dtype
             self._specs[key] = KernelSpec(
                 op=op,
                 heads=self.heads,
-                dtype="float32" if op == "select_kv" else self.dtype,
+                dtype=dtype,
                 page_size=self.page_size if self.arch.is_gpu and op != "select_kv" else 0,
                 score=score,
                 selection=selection,
@@ -178,7 +191,7 @@ class Kernels:
         return self._specs[key]
 
     def _kernel(self, spec: KernelSpec, batch: int, q_len: int, kv_len: int, budget: int) -> Kernel:
-        """The kernel of a call's size bucket; the same one for every size where results must not depend on the batch."""
+        """The kernel of a call's size bucket; one for every size where results must not depend on the batch."""
         workload = BATCH_INVARIANT_WORKLOAD
         if not self._batch_invariant:
             rows = bucket(q_len)
@@ -202,7 +215,10 @@ class Kernels:
         found = lookup(spec, workload, self.arch, paths.pack_layers())
         if found is not None:
             return found.plan, found.rung
-        tune = f"specattn-tune --heads {self._heads_argument()} --gpu {self.arch.name} --dtype {self.dtype}"
+        tune = (
+            f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
+            f"--dtype {self.dtype} --page-size {self.page_size}"
+        )
         message = f"no tuned entry for {spec.name} on {self.arch.name} ({self.heads.name}); to make one: {tune}"
         if self._strict:
             raise SpecError(message)
@@ -212,9 +228,18 @@ class Kernels:
         return space.default_plan(spec, self.arch, space.backends_for(self.arch)[0]), "default"
 
     def _heads_argument(self) -> str:
+        """Softcap, window, scale and sinks have no option of their own: they come with the model's configuration."""
         heads = self.heads
+        plain = HeadConfig(
+            num_q_heads=heads.num_q_heads,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
+            v_head_dim=heads.v_head_dim,
+        )
+        if heads != plain:
+            return "--model path/to/config.json"
         value_dim = f",{heads.v_head_dim}" if heads.v_head_dim != heads.head_dim else ""
-        return f"{heads.num_q_heads},{heads.num_kv_heads},{heads.head_dim}{value_dim}"
+        return f"--heads {heads.num_q_heads},{heads.num_kv_heads},{heads.head_dim}{value_dim}"
 
     def _workspace(self, kernel: Kernel, call: Call, given: torch.Tensor | None) -> torch.Tensor:
         needed = kernel.workspace_bytes(call)
@@ -224,9 +249,12 @@ class Kernels:
                     f"workspace of {given.numel()} {given.dtype}: needs {needed} contiguous torch.uint8 bytes"
                 )
             return given
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed, dtype=torch.uint8, device=self.device)
-        return self._scratch
+        if self._keep_scratch and self._scratch.numel() >= needed:
+            return self._scratch
+        fresh = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        if self._keep_scratch:
+            self._scratch = fresh
+        return fresh
 
 
 def load_kernels(
@@ -237,6 +265,7 @@ def load_kernels(
     page_size: int = 16,
     strict: bool = False,
     batch_invariant: bool = False,
+    keep_scratch: bool = True,
 ) -> Kernels:
     """Kernels for one HeadConfig, from tuned packs where there are any, else on the safe default plan with a warning.
 
@@ -245,6 +274,7 @@ def load_kernels(
     page_size        keys per page of the cache
     strict           a missing pack entry raises SpecError instead of falling back to the default plan
     batch_invariant  a row's result does not depend on what else is in the batch (CPU)
+    keep_scratch     keep scratch memory between calls; False allocates it anew, for several threads or streams
 
     Never tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
     """
@@ -258,4 +288,13 @@ def load_kernels(
     if batch_invariant and place.type != "cpu":
         raise SpecError("batch_invariant=True: served on the CPU only so far; GPU split counts follow the batch")
     arch = cpu_info.detect(measure=False) if place.type == "cpu" else gpu_detect.local()
-    return Kernels(heads, arch, place, DTYPE_NAMES[dtype], page_size, strict=strict, batch_invariant=batch_invariant)
+    return Kernels(
+        heads,
+        arch,
+        place,
+        DTYPE_NAMES[dtype],
+        page_size,
+        strict=strict,
+        batch_invariant=batch_invariant,
+        keep_scratch=keep_scratch,
+    )

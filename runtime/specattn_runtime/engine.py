@@ -38,7 +38,7 @@ def generate(
 
 @torch.inference_mode()
 def warm_up(model: Llama, kernels: AttentionKernels, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:
-    """Runs a speculative and a dense round at the lengths `generate` starts and ends with, so that it builds no kernel.
+    """Runs rounds with and without drafts at the lengths `generate` starts and ends with, so that it builds no kernel.
 
     No prefill: what the cache holds makes no difference to which kernels a round needs.
     """

@@ -25,7 +25,7 @@ from specattn_runtime.dispatch import Kernels, load_kernels
 
 @functools.cache
 def _kernels(heads: HeadConfig, device: torch.device, dtype: torch.dtype, page_size: int) -> Kernels:
-    return load_kernels(heads, device=device, dtype=dtype, page_size=page_size)
+    return load_kernels(heads, device=device, dtype=dtype, page_size=page_size, keep_scratch=False)
 
 
 def _kernels_of(
@@ -204,7 +204,7 @@ def _(
     scores: torch.Tensor, prefix_lens: torch.Tensor, k: int, sink: int = 0, recent: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, rows, columns = scores.shape
-    width = torch.sym_min(columns, max(k, sink + recent))
+    width = min(columns, max(k, sink + recent))
     return (
         torch.empty(batch, rows, width, dtype=torch.int32, device=scores.device),
         torch.empty(batch, rows, dtype=torch.int32, device=scores.device),

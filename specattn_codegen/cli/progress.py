@@ -92,7 +92,7 @@ def microseconds(value: float) -> str:
 
 
 def closing_table(entries: Sequence[Entry]) -> Table:
-    """op, workload, plan, time, share of the ceiling, and how the time is known."""
+    """op, workload, plan, time, share of the ceiling, and how the time is known; a plan is spelled out once."""
     table = Table(box=box.SIMPLE)
     table.add_column("op", no_wrap=True)
     table.add_column("workload", no_wrap=True)
@@ -100,11 +100,12 @@ def closing_table(entries: Sequence[Entry]) -> Table:
     for title in ("time", "of ceiling"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("label", no_wrap=True)
-    for entry in entries:
+    for above, entry in zip((None, *entries), entries, strict=False):
+        same_plan = above is not None and above.spec == entry.spec and above.plan == entry.plan
         table.add_row(
             entry.spec.name,
             entry.workload.name,
-            short_plan(entry),
+            "  as above" if same_plan else short_plan(entry),
             microseconds(entry.latency_us),
             f"{entry.share_of_ceiling:.0%}",
             entry.chosen_by,

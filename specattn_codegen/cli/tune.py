@@ -98,7 +98,7 @@ def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
 def find_arch(gpu: str) -> tuple[Arch, bool]:
     """The processor, and whether it is the one at hand."""
     if gpu == "cpu":
-        return cpu_info.detect(), True
+        return cpu_info.detect(refresh=True), True
     if gpu == "local":
         return gpu_detect.local(), True
     arch = gpus.find(gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def command(
     if not isinstance(kernels, ReferenceKernels):
         with Console(stderr=True).status("building kernels"):
             warm_up(llama, kernels, prompts, spec)
+            if compare_dense:
+                warm_up(llama, kernels, prompts, spec.without_drafts())
     with Console(stderr=True).status("decoding"):
         runs = {spec.preset.name: generate(llama, kernels, prompts, spec)}
         dense = generate(llama, kernels, prompts, spec.without_drafts()) if compare_dense else None
@@ -130,7 +133,7 @@ def _prompt_bytes(prompt_file: Path | None, prompt: str | None) -> bytes:
     if (prompt_file is None) == (prompt is None):
         raise SpecError("prompt: give exactly one of --prompt-file and --prompt")
     if prompt_file is None:
-        content, source = (prompt or "").encode(), "--prompt"
+        content, source = os.fsencode(prompt or ""), "--prompt"
     elif prompt_file.is_dir() or not prompt_file.exists():
         raise SpecError(f"{prompt_file}: no such file; give a file with the prompt")
     else:

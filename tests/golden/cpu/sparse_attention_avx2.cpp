@@ -94,7 +94,7 @@ static inline float total(Vec v) {
 
 // 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
 static inline Vec exp2_of(Vec x) {
-    x = maximum(x, splat(-151.0f));
+    x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
     const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
     Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
     p = p * f + splat(1.339887459e-3f);
@@ -184,11 +184,16 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
     const Element *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
     const int32_t* indices = a.indices + task.request * a.index_request + head * a.index_row;
     tile.count = smaller(KEY_TILE, task.end - begin);
+    int newest = 0, oldest = INT32_MAX;
     for (int j = 0; j < tile.count; j++) {
         const int key = begin + j;
         const int position = key < selected ? indices[key] : r.tail_start + key - selected;
-        const int64_t page = pages[position / a.page_size], slot = position % a.page_size;
-        tile.position[j] = position;
+        const bool valid = key >= selected || (position >= 0 && position < r.tail_start);
+        const int at = valid ? position : r.kv_len - 1;  // any live key: what names no selectable one is hidden
+        const int64_t page = pages[at / a.page_size], slot = at % a.page_size;
+        tile.position[j] = valid ? position : INT32_MAX;
+        newest = larger(newest, tile.position[j]);
+        oldest = smaller(oldest, tile.position[j]);
         tile.k[j] = k + page * a.k_page + slot * a.k_slot;
         tile.v[j] = v + page * a.v_page + slot * a.v_slot;
     }
@@ -197,7 +202,8 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
         tile.k[j] = tile.k[0];
         tile.v[j] = tile.v[0];
     }
-    tile.masked = tile.count < KEY_TILE || tile.position[KEY_TILE - 1] > r.first_position;
+    tile.masked = tile.count < KEY_TILE || newest > r.first_position;
+    (void)oldest;
 }
 
 static inline void prefetch_row(const Element* row, int elements) {
@@ -462,8 +468,11 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
     const int first = w.split_offset[block], last = w.split_offset[block + 1];
     float best = -INFINITY, sum = 0.0f;
-    for (int split = first; split < last; split++) best = fmaxf(best, w.partial_max[split * stride + local]);
-    const bool seen = best > -INFINITY;
+    bool seen = false;
+    for (int split = first; split < last; split++) {
+        best = fmaxf(best, w.partial_max[split * stride + local]);
+        seen |= w.partial_sum[split * stride + local] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
+    }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
         best = fmaxf(best, sink);

@@ -93,7 +93,7 @@ static inline float total(Vec v) {
 
 // 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
 static inline Vec exp2_of(Vec x) {
-    x = maximum(x, splat(-151.0f));
+    x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
     const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
     Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
     p = p * f + splat(1.339887459e-3f);
@@ -193,7 +193,9 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
         tile.k[j] = tile.k[0];
         tile.v[j] = tile.v[0];
     }
-    tile.masked = tile.count < KEY_TILE || tile.position[KEY_TILE - 1] > r.first_position;
+    const int newest = tile.position[KEY_TILE - 1], oldest = tile.position[0];
+    tile.masked = tile.count < KEY_TILE || newest > r.first_position;
+    (void)oldest;
 }
 
 static inline void prefetch_row(const Element* row, int elements) {
@@ -543,8 +545,11 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
     const int first = w.split_offset[block], last = w.split_offset[block + 1];
     float best = -INFINITY, sum = 0.0f;
-    for (int split = first; split < last; split++) best = fmaxf(best, w.partial_max[split * stride + local]);
-    const bool seen = best > -INFINITY;
+    bool seen = false;
+    for (int split = first; split < last; split++) {
+        best = fmaxf(best, w.partial_max[split * stride + local]);
+        seen |= w.partial_sum[split * stride + local] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
+    }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
         best = fmaxf(best, sink);
