@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -208,9 +207,7 @@ def test_scores_of_the_prefix_and_the_rows_own_weights_sum_to_one() -> None:
 def test_a_build_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path))
     spec = verify_spec(HEADS[32, 8, 128], "bfloat16", ScoreSpec())
-    start = time.perf_counter()
     kernel_for(spec)
-    assert time.perf_counter() - start < 60.0  # 1 to 2 s on an idle core; a bound on a hang, not a benchmark
     (built,) = paths.cache_dir().rglob("kernel.so")
     stamp = built.stat().st_mtime_ns
     kernel_for(spec)

@@ -12,7 +12,10 @@ import specattn_runtime
 
 CODEGEN = Path(specattn_codegen.__file__).parent
 RUNTIME = Path(specattn_runtime.__file__).parent
-TUNER = {"tune", "worker", "measure", "prove", "record", "jobs", "cli"}
+TUNER = {
+    *("tune", "tune_session", "tune_measured", "tune_modelled", "search", "jobs", "worker"),
+    *("measure", "prove", "record", "cost_model", "cli"),
+}
 
 
 def imported_modules(file: Path) -> set[str]:

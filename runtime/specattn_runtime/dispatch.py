@@ -162,7 +162,8 @@ class Kernels:
         self, *scores: ScoreSpec, max_q: int = 8, max_kv: int = 32768, batch: int = 1, budget: int = 2048
     ) -> None:
         """Builds the kernels of a decode loop ahead of its first call: verification without scores and with each of
-        `scores`, selection and sparse attention for the same heads."""
+        `scores`, selection and sparse attention for the same heads. A Triton kernel is machine code only after its
+        first launch, so make one call of each kind before capturing a CUDA graph."""
         self._kernel(self._spec("verify_attention", None, None), batch, max_q, max_kv, 0)
         for score in scores:
             self._kernel(self._spec("verify_attention", score, None), batch, max_q, max_kv, 0)
