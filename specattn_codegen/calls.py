@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from specattn_codegen.kernel import AttentionCall, SelectCall
 from specattn_codegen.policy import Policy, selection_width
 from specattn_codegen.problems import TORCH_DTYPES, AttentionProblem
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_codegen.spec import KernelSpec
+from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec
 
 Shape = tuple[int | None, ...]
 MAX_ROWS = 65535  # of one request; the smallest limit of a launch grid's axes
@@ -69,12 +70,16 @@ def attention_call(
     max_q: int,
     max_kv: int | None = None,
     sinks: torch.Tensor | None = None,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: VerifyOutput | SparseOutput | None = None,
     selection: Selection | None = None,
     tail_start: torch.Tensor | None = None,
 ) -> AttentionCall:
     """Checks a call against its spec and allocates the outputs that `out` does not give. Raises SpecError."""
-    _check_inputs(spec, page_size, inputs, sinks)
+    inputs = _check_inputs(spec, page_size, inputs, sinks)
+    _check_reference(spec, inputs.q, lse_ref)
     q, batch = inputs.q, inputs.kv_lens.shape[0]
     capacity = inputs.page_table.shape[1] * page_size
     max_kv = capacity if max_kv is None else max_kv
@@ -85,11 +90,11 @@ def attention_call(
         )
     if selection is not None:
         _check_selection(spec.heads, selection, tail_start, batch, q.device)
-    score_shape = (batch, spec.selection_heads, max_kv) if spec.score else None
+    score_shape = score_shape_of(spec, batch, max_kv, page_size)
     if out is None:
-        out = _allocate_outputs(spec.heads, q, score_shape)
+        out = _allocate_outputs(spec, q, score_shape)
     else:
-        _check_outputs(spec.heads, q, score_shape, out)
+        _check_outputs(spec, q, score_shape, out)
     call = AttentionCall(
         **inputs._asdict(),
         max_q=max_q,
@@ -98,6 +103,10 @@ def attention_call(
         out=out.out,
         lse=out.lse,
         scores=out.scores if isinstance(out, VerifyOutput) else None,
+        histogram=out.histogram if isinstance(out, VerifyOutput) else None,
+        lse_ref=lse_ref,
+        k_scale=_cache_scale(spec, "k_scale", k_scale, q.device),
+        v_scale=_cache_scale(spec, "v_scale", v_scale, q.device),
         indices=selection.indices if selection else None,
         counts=selection.counts if selection else None,
         tail_start=tail_start,
@@ -107,13 +116,23 @@ def attention_call(
     return call
 
 
-def _check_inputs(spec: KernelSpec, page_size: int, inputs: AttentionInputs, sinks: torch.Tensor | None) -> None:
-    heads, dtype, device = spec.heads, TORCH_DTYPES[spec.dtype], inputs.q.device
+def score_shape_of(spec: KernelSpec, batch: int, max_kv: int, page_size: int) -> tuple[int, int, int] | None:
+    """[B, S, columns] of the scores a spec asks for."""
+    return (batch, spec.selection_heads, spec.score.columns(max_kv, page_size)) if spec.score else None
+
+
+def _check_inputs(
+    spec: KernelSpec, page_size: int, inputs: AttentionInputs, sinks: torch.Tensor | None
+) -> AttentionInputs:
+    """The inputs, an 8-bit cache that came as bytes in its own dtype."""
+    heads, device, cache_dtype = spec.heads, inputs.q.device, TORCH_DTYPES[spec.cache_dtype]
     batch = inputs.kv_lens.shape[0] if inputs.kv_lens.dim() else 0
-    _require(inputs.q, "q", (None, heads.num_q_heads, heads.head_dim), dtype, device)
-    _require(inputs.k_cache, "k_cache", (None, page_size, heads.num_kv_heads, heads.head_dim), dtype, device)
+    _require(inputs.q, "q", (None, heads.num_q_heads, heads.head_dim), TORCH_DTYPES[spec.dtype], device)
+    if spec.is_float8 and inputs.k_cache.dtype == inputs.v_cache.dtype == torch.uint8:
+        inputs = inputs._replace(k_cache=inputs.k_cache.view(cache_dtype), v_cache=inputs.v_cache.view(cache_dtype))
+    _require(inputs.k_cache, "k_cache", (None, page_size, heads.num_kv_heads, heads.head_dim), cache_dtype, device)
     pages = inputs.k_cache.shape[0]
-    _require(inputs.v_cache, "v_cache", (pages, page_size, heads.num_kv_heads, heads.v_head_dim), dtype, device)
+    _require(inputs.v_cache, "v_cache", (pages, page_size, heads.num_kv_heads, heads.v_head_dim), cache_dtype, device)
     _require(inputs.kv_lens, "kv_lens", (None,), torch.int32, device)
     _require(inputs.page_table, "page_table", (batch, None), torch.int32, device)
     _require(inputs.cu_q, "cu_q", (batch + 1,), torch.int32, device)
@@ -122,6 +141,39 @@ def _check_inputs(spec: KernelSpec, page_size: int, inputs: AttentionInputs, sin
         raise SpecError(f"sinks: this HeadConfig has sinks={heads.sinks}; {fix}")
     if sinks is not None:
         _require(sinks, "sinks", (heads.num_q_heads,), torch.float32, device)
+    return inputs
+
+
+def _check_reference(spec: KernelSpec, q: torch.Tensor, lse_ref: torch.Tensor | None) -> None:
+    wanted = spec.score is not None and spec.score.normaliser == "reference"
+    if wanted != (lse_ref is not None):
+        fix = "pass lse_ref [total_q, Hq]" if wanted else "leave it out, or ask for normaliser='reference'"
+        raise SpecError(f"lse_ref: scores are {'' if wanted else 'not '}normalised by a reference here; {fix}")
+    if lse_ref is not None:
+        _require(lse_ref, "lse_ref", (q.shape[0], spec.heads.num_q_heads), torch.float32, q.device)
+        if not lse_ref.is_contiguous():
+            raise SpecError(f"lse_ref has strides {lse_ref.stride()}: must be contiguous")
+
+
+@functools.cache
+def _unit_scale(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)
+
+
+def _cache_scale(spec: KernelSpec, name: str, scale: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A scale [Hkv] of an 8-bit cache, expanded from one element where it is per tensor; 1 where none is given."""
+    if not spec.is_float8:
+        if scale is not None:
+            raise SpecError(f"{name}: a {spec.dtype} cache has no scale; leave it out, or fold it into the weights")
+        return None
+    heads = spec.heads.num_kv_heads
+    given = _unit_scale(device) if scale is None else scale
+    if given.dtype != torch.float32 or given.device != device or given.numel() not in (1, heads) or given.dim() > 1:
+        raise SpecError(
+            f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}: must be torch.float32 on {device}, "
+            f"of 1 element or one for each of {heads} KV heads"
+        )
+    return given.view(-1).expand(heads)
 
 
 def _check_selection(
@@ -144,17 +196,29 @@ def _check_selection(
     _require(tail_start, "tail_start", (batch,), torch.int32, device)
 
 
-def _allocate_outputs(heads: HeadConfig, q: torch.Tensor, score_shape: tuple[int, int, int] | None) -> VerifyOutput:
+ScoreShape = tuple[int, int, int]
+
+
+def _has_histogram(spec: KernelSpec) -> bool:
+    return spec.score is not None and spec.score.histogram
+
+
+def _allocate_outputs(spec: KernelSpec, q: torch.Tensor, score_shape: ScoreShape | None) -> VerifyOutput:
+    heads = spec.heads
     return VerifyOutput(
         q.new_empty(q.shape[0], heads.num_q_heads, heads.v_head_dim),
         q.new_empty(q.shape[0], heads.num_q_heads, dtype=torch.float32),
         q.new_empty(score_shape, dtype=torch.float32) if score_shape else None,
+        q.new_empty((*score_shape[:2], HISTOGRAM_BINS), dtype=torch.int32)
+        if score_shape and _has_histogram(spec)
+        else None,
     )
 
 
 def _check_outputs(
-    heads: HeadConfig, q: torch.Tensor, score_shape: tuple[int, int, int] | None, out: VerifyOutput | SparseOutput
+    spec: KernelSpec, q: torch.Tensor, score_shape: ScoreShape | None, out: VerifyOutput | SparseOutput
 ) -> None:
+    heads = spec.heads
     _require(out.out, "out.out", (q.shape[0], heads.num_q_heads, heads.v_head_dim), q.dtype, q.device)
     _require(out.lse, "out.lse", (q.shape[0], heads.num_q_heads), torch.float32, q.device)
     if not out.lse.is_contiguous():
@@ -163,6 +227,12 @@ def _check_outputs(
         if not isinstance(out, VerifyOutput) or out.scores is None:
             raise SpecError("out.scores is None: this call asks for scores; give a tensor for them or leave out= out")
         _require(out.scores, "out.scores", score_shape, torch.float32, q.device)
+        if _has_histogram(spec):
+            if out.histogram is None:
+                raise SpecError("out.histogram is None: this call asks for one; give a tensor or leave out= out")
+            _require(out.histogram, "out.histogram", (*score_shape[:2], HISTOGRAM_BINS), torch.int32, q.device)
+            if not out.histogram.is_contiguous():
+                raise SpecError(f"out.histogram has strides {out.histogram.stride()}: must be contiguous")
 
 
 def select_call(
@@ -209,7 +279,11 @@ def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
     p, heads = problem, spec.heads
     total_q, batch = p.q.shape[0], p.kv_lens.shape[0]
     nan = float("nan")
-    scores = p.q.new_full((batch, spec.selection_heads, p.max_kv), nan, dtype=torch.float32) if spec.score else None
+    score_shape = score_shape_of(spec, batch, p.max_kv, p.k_cache.shape[1])
+    scores = p.q.new_full(score_shape, nan, dtype=torch.float32) if score_shape else None
+    histogram = None
+    if score_shape and _has_histogram(spec):
+        histogram = p.q.new_full((*score_shape[:2], HISTOGRAM_BINS), -1, dtype=torch.int32)
     return AttentionCall(
         q=p.q,
         k_cache=p.k_cache,
@@ -226,4 +300,8 @@ def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
         indices=p.indices,
         counts=p.counts,
         tail_start=p.tail_start if p.indices is not None else None,
+        lse_ref=p.lse_ref,
+        histogram=histogram,
+        k_scale=_cache_scale(spec, "k_scale", p.k_scale, p.q.device),
+        v_scale=_cache_scale(spec, "v_scale", p.v_scale, p.q.device),
     )

@@ -33,7 +33,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """Absolute bounds for out and lse; scores are bounded relatively, plus an absolute floor."""
+    """Absolute bounds for out and lse; scores are bounded relatively to their size, plus an absolute floor."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -48,18 +48,22 @@ def tolerance(
     unit, unit_dtype = HALF_ULP["float32"], HALF_ULP[spec.dtype]
     if problem.q.numel() == 0:
         return Tolerance(out=expected_out, lse=expected_lse, scores_relative=0.0, scores_floor=0.0)
-    keys = problem.k_cache.double().nan_to_num(0.0).norm(dim=-1).max().item()
-    values = problem.v_cache.double().nan_to_num(0.0).abs().max().item()
+    k_scale, v_scale = (1.0 if s is None else s.max().item() for s in (problem.k_scale, problem.v_scale))
+    keys = problem.k_cache.double().nan_to_num(0.0).norm(dim=-1).max().item() * k_scale
+    values = problem.v_cache.double().nan_to_num(0.0).abs().max().item() * v_scale
     logit = spec.heads.scale * problem.q.double().norm(dim=-1).max().item() * keys
     logit_error = unit * (SAFETY * math.sqrt(spec.heads.head_dim) * logit + logit + SAFETY)
     sum_error = SAFETY * math.sqrt(max(1, int(problem.kv_lens.max()))) * unit
     weight_error = 2.0 * logit_error + sum_error
     rounded_weights = 0.0 if spec.dtype == "float32" else unit_dtype
+    weights = spec.score is None or spec.score.value == "weight"
+    references = 0.0 if problem.lse_ref is None else problem.lse_ref.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    reference_error = SAFETY * unit * references
     return Tolerance(
         out=values * (weight_error + rounded_weights) + 2.0 * unit_dtype * expected_out.abs(),
         lse=logit_error + sum_error + 2.0 * unit * expected_lse.abs().nan_to_num(0.0, posinf=0.0, neginf=0.0),
-        scores_relative=weight_error + rounded_weights,
-        scores_floor=UNDERFLOW[spec.dtype],
+        scores_relative=weight_error + rounded_weights + reference_error,
+        scores_floor=UNDERFLOW[spec.dtype] if weights else logit_error + sum_error * logit,
     )
 
 
@@ -82,14 +86,15 @@ def _verdict(errors: dict[str, float]) -> Verdict:
 def expect_attention(spec: KernelSpec, problem: AttentionProblem) -> VerifyOutput:
     """What the float64 reference gives; slow for long requests, so callers that check many kernels keep it."""
     common = (problem.q, problem.k_cache, problem.v_cache, problem.page_table, problem.kv_lens, problem.cu_q)
+    scales = {"sinks": problem.sinks, "k_scale": problem.k_scale, "v_scale": problem.v_scale}
     if spec.op == "verify_attention":
         return reference.verify_attention(
-            *common, heads=spec.heads, score=spec.score, max_kv=problem.max_kv, sinks=problem.sinks
+            *common, heads=spec.heads, score=spec.score, max_kv=problem.max_kv, lse_ref=problem.lse_ref, **scales
         )
     if problem.indices is None or problem.counts is None:
         raise TypeError("a sparse_attention problem carries a selection")
     selection = Selection(problem.indices, problem.counts)
-    found = reference.sparse_attention(*common, selection, problem.tail_start, heads=spec.heads, sinks=problem.sinks)
+    found = reference.sparse_attention(*common, selection, problem.tail_start, heads=spec.heads, **scales)
     return VerifyOutput(found.out, found.lse, None)
 
 
@@ -100,6 +105,7 @@ def check_attention(
     lse: torch.Tensor,
     scores: torch.Tensor | None = None,
     expected: VerifyOutput | None = None,
+    histogram: torch.Tensor | None = None,
 ) -> Verdict:
     """Compares out, lse and (where the spec scores) the prefix columns of scores with the float64 reference."""
     expected = expected or expect_attention(spec, problem)
@@ -108,9 +114,15 @@ def check_attention(
     if expected.scores is not None:
         if scores is None:
             raise TypeError("the spec asks for scores and the kernel gave none")
+        if spec.score is not None and spec.score.histogram and histogram is None:
+            raise TypeError("the spec asks for a histogram and the kernel gave none")
         written = ~expected.scores.isnan()
         want = expected.scores[written]
-        errors["scores"] = _excess(scores.cpu()[written], want, want * allowed.scores_relative + allowed.scores_floor)
+        bound = want.abs().nan_to_num(posinf=0.0) * allowed.scores_relative + allowed.scores_floor
+        errors["scores"] = _excess(scores.cpu()[written], want, bound)
+        if histogram is not None:  # exact, of the scores as the kernel wrote them
+            counted = reference.count_scores(torch.where(written, scores.cpu(), math.nan))
+            errors["histogram"] = math.inf if bool((histogram.cpu() != counted).any()) else 0.0
     return _verdict(errors)
 
 

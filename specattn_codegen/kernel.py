@@ -14,13 +14,15 @@ from specattn_codegen.spec import KernelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """Arguments of verify_attention and sparse_attention (see DESIGN of the shared contract in ops.py).
+    """Arguments of verify_attention and sparse_attention, checked.
 
     q [total_q, Hq, D]; k_cache, v_cache [num_pages, page_size, Hkv, D]; page_table [B, max_pages] int32;
-    kv_lens [B] int32; cu_q [B + 1] int32; sinks [Hq] float32 or None. max_q bounds a request's rows and max_kv its
-    keys; both shape the grid. Outputs are written in place: out [total_q, Hq, Dv], lse [total_q, Hq] float32, scores
-    [B, S, max_kv] float32 when the spec scores. Sparse attention also has indices [B, S, K], counts [B, S] and
-    tail_start [B], all int32. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
+    kv_lens [B] int32; cu_q [B + 1] int32; sinks [Hq] float32 or None; k_scale, v_scale [Hkv] float32 of an 8-bit
+    cache, at any stride, or None; lse_ref [total_q, Hq] float32 where scores are normalised by a reference. max_q
+    bounds a request's rows and max_kv its keys; both shape the grid. Outputs are written in place: out
+    [total_q, Hq, Dv], lse [total_q, Hq] float32, scores [B, S, columns] float32 and histogram [B, S, HISTOGRAM_BINS]
+    int32 where the spec has them. Sparse attention also has indices [B, S, K], counts [B, S] and tail_start [B], all
+    int32. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
     """
 
     q: torch.Tensor
@@ -38,6 +40,10 @@ class AttentionCall:
     indices: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     tail_start: torch.Tensor | None = None
+    lse_ref: torch.Tensor | None = None
+    histogram: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:

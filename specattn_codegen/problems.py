@@ -17,7 +17,13 @@ from specattn_codegen.errors import SpecError
 from specattn_codegen.spec import KernelSpec, Workload
 
 Layout = Literal["nhd", "hnd", "interleaved"]
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,9 @@ class AttentionProblem:
     indices: torch.Tensor | None
     counts: torch.Tensor | None
     tail_start: torch.Tensor
+    lse_ref: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 def _empty_cache(pages: int, page_size: int, heads: int, dim: int, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +103,7 @@ def attention_problem(
 ) -> AttentionProblem:
     """A ragged problem on the CPU. `kv_lens` count the rows' own keys; `magnitude` scales q, so that softmax peaks."""
     generator = torch.Generator().manual_seed(seed)
-    heads, dtype = spec.heads, TORCH_DTYPES[spec.dtype]
+    heads, dtype, cache_dtype = spec.heads, TORCH_DTYPES[spec.dtype], TORCH_DTYPES[spec.cache_dtype]
     table, pages = _page_table(kv_lens, page_size, generator)
     dim = max(heads.head_dim, heads.v_head_dim)
     k_cache, v_cache = _empty_cache(pages, page_size, heads.num_kv_heads, dim, layout)
@@ -109,8 +118,8 @@ def attention_problem(
     indices, counts = _selection(spec, tails, budget, generator) if spec.selection else (None, None)
     return AttentionProblem(
         q=q.to(dtype),
-        k_cache=_same_layout(k_cache, dtype)[..., : heads.head_dim],
-        v_cache=_same_layout(v_cache, dtype)[..., : heads.v_head_dim],
+        k_cache=_same_layout(k_cache, cache_dtype)[..., : heads.head_dim],
+        v_cache=_same_layout(v_cache, cache_dtype)[..., : heads.v_head_dim],
         page_table=table,
         kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
         cu_q=torch.tensor([0, *q_lens]).cumsum(0).int(),
@@ -120,7 +129,24 @@ def attention_problem(
         indices=indices,
         counts=counts,
         tail_start=torch.tensor([max(0, tail) for tail in tails], dtype=torch.int32),
+        lse_ref=_references(spec, q_lens, kv_lens, generator),
+        k_scale=torch.rand(heads.num_kv_heads, generator=generator) + 0.5 if spec.is_float8 else None,
+        v_scale=torch.rand(1, generator=generator) + 0.5 if spec.is_float8 else None,
     )
+
+
+def _references(
+    spec: KernelSpec, q_lens: Sequence[int], kv_lens: Sequence[int], generator: torch.Generator
+) -> torch.Tensor | None:
+    """References off by a few units either way, and here and there none at all: infinite or NaN."""
+    if spec.score is None or spec.score.normaliser != "reference":
+        return None
+    keys = torch.tensor(kv_lens).clamp_min(1).repeat_interleave(torch.tensor(q_lens))
+    noise = 2.0 * torch.randn(len(keys), spec.heads.num_q_heads, generator=generator)
+    references = keys.log()[:, None] + noise
+    for start, wild in enumerate((math.nan, math.inf, -math.inf)):
+        references.view(-1)[5 + start :: 29] = wild
+    return references
 
 
 def _same_layout(cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -67,7 +67,7 @@ def _attention_verdicts(
     for problem, expected in _solved(kernel.spec, workload, page_size, seed, extent):
         call = problem_call(kernel.spec, moved(problem, device))
         launch(kernel, call, device)
-        yield check_attention(kernel.spec, problem, call.out, call.lse, call.scores, expected)
+        yield check_attention(kernel.spec, problem, call.out, call.lse, call.scores, expected, call.histogram)
 
 
 # Every plan of a search is held against the same answers, which take the oracle far longer than a kernel.

@@ -13,14 +13,22 @@ import torch
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import Policy
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_codegen.spec import ScoreHeads, ScoreSpec
+from specattn_codegen.spec import HISTOGRAM_BINS, ScoreHeads, ScoreSpec
+
+REFERENCE_CEILING = 64  # binary orders of magnitude by which a weight may pass a reference before it saturates
 
 
-def gather_keys(cache: torch.Tensor, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rows of a paged cache [num_pages, page_size, Hkv, D] at logical positions [N] -> [N, Hkv, D] float64."""
+def gather_keys(
+    cache: torch.Tensor, page_table: torch.Tensor, positions: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows of a paged cache [num_pages, page_size, Hkv, D] at logical positions [N] -> [N, Hkv, D] float64.
+
+    `scale`, of one element or one per KV head, multiplies what an 8-bit cache holds.
+    """
     page_size = cache.shape[1]
     pages = page_table[torch.div(positions, page_size, rounding_mode="floor")].long()
-    return cache[pages, positions % page_size].double()
+    rows = cache[pages, positions % page_size].double()
+    return rows if scale is None else rows * scale.double()[:, None]
 
 
 def row_logits(q_row: torch.Tensor, keys: torch.Tensor, heads: HeadConfig) -> torch.Tensor:
@@ -59,6 +67,41 @@ def scored_rows(rows: int, score: ScoreSpec) -> list[int]:
     return {"all": list(range(rows)), "ends": sorted({0, rows - 1}), "last": [rows - 1]}[score.rows]
 
 
+def row_values(logits: torch.Tensor, lse: torch.Tensor, lse_ref: torch.Tensor | None, score: ScoreSpec) -> torch.Tensor:
+    """What one row gives each key: logits [Hq, N], -inf where unseen, and lse [Hq] -> values [Hq, N].
+
+    Weights are 0 and logits NaN where the row does not see the key.
+    """
+    if score.value == "logit":
+        return torch.where(logits > -math.inf, logits, math.nan)
+    normaliser = lse if lse_ref is None else lse_ref.double()
+    weights = torch.exp((logits - normaliser[:, None]).clamp_max(REFERENCE_CEILING * math.log(2.0)))
+    return torch.where(normaliser.isfinite()[:, None] & (logits > -math.inf), weights, 0.0)
+
+
+def reduce_scores(values: torch.Tensor, score: ScoreSpec, score_rows: int) -> torch.Tensor:
+    """values [rows, Hq, N] of the scored rows -> scores [S, N]: a mean over rows and each score row's heads."""
+    grouped = values.view(values.shape[0], score_rows, -1, values.shape[-1]).transpose(1, 2).flatten(0, 1)
+    if score.value == "weight":
+        return grouped.mean(dim=0)
+    return grouped.nanmean(dim=0).nan_to_num(nan=-math.inf, neginf=-math.inf)
+
+
+def pool_pages(scores: torch.Tensor, score: ScoreSpec, page_size: int) -> torch.Tensor:
+    """Scores [S, prefix] of keys -> [S, pages], over each page's prefix keys."""
+    pages = scores.split(page_size, dim=-1)
+    pooled = [page.mean(dim=-1) if score.granularity == "page_mean" else page.amax(dim=-1) for page in pages]
+    return torch.stack(pooled, dim=-1)
+
+
+def count_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Float32 scores [..., N], NaN where unwritten -> counts [..., HISTOGRAM_BINS] int32 by their top 11 bits."""
+    bins = (scores.contiguous().view(torch.int32) >> 21).long()
+    written = ~scores.isnan()
+    counts = torch.zeros(*scores.shape[:-1], HISTOGRAM_BINS, dtype=torch.int32)
+    return counts.scatter_add_(-1, torch.where(written, bins, 0), written.int())
+
+
 def verify_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -71,11 +114,16 @@ def verify_attention(
     score: ScoreSpec | None = None,
     max_kv: int | None = None,
     sinks: torch.Tensor | None = None,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> VerifyOutput:
     """Causal attention of each request's rows over its whole paged cache, with the scores of its prefix keys."""
     out, lse = _outputs(q, heads)
-    columns = page_table.shape[1] * k_cache.shape[1] if max_kv is None else max_kv
+    page_size = k_cache.shape[1]
+    max_prefix = page_table.shape[1] * page_size if max_kv is None else max_kv
     score_rows = heads.num_kv_heads if score and score.heads == "kv_head" else 1
+    columns = score.columns(max_prefix, page_size) if score else 0
     scores = torch.full((len(kv_lens), score_rows, columns), math.nan, dtype=torch.float64) if score else None
 
     for request, kv_len in enumerate(kv_lens.tolist()):
@@ -84,21 +132,21 @@ def verify_attention(
             continue
         first_row = kv_len - (end - start)  # position of the first row; negative when it lies before every key
         prefix = max(0, first_row)
-        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len))
-        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len))
-        weights = torch.zeros(end - start, heads.num_q_heads, kv_len, dtype=torch.float64)
+        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len), k_scale)
+        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len), v_scale)
+        given = torch.zeros(end - start, heads.num_q_heads, kv_len, dtype=torch.float64)
         for row in range(start, end):
             position = first_row + row - start
             logits = row_logits(q[row], keys, heads)
             logits[:, : first_visible(position, heads)] = -math.inf
             logits[:, max(0, position + 1) :] = -math.inf
             out[row], lse[row] = attend(logits, values, sinks, heads)
-            weights[row - start] = torch.where(
-                lse[row][:, None] > -math.inf, torch.exp(logits - lse[row][:, None]), 0.0
-            )
-        if score is not None and scores is not None:
-            mean = weights[scored_rows(end - start, score), :, :prefix].mean(dim=0)  # [Hq, prefix]
-            scores[request, :, :prefix] = mean.view(score_rows, heads.num_q_heads // score_rows, prefix).mean(dim=1)
+            if score is not None:
+                given[row - start] = row_values(logits, lse[row], None if lse_ref is None else lse_ref[row], score)
+        if score is not None and scores is not None and prefix > 0:
+            found = reduce_scores(given[scored_rows(end - start, score), :, :prefix], score, score_rows)
+            found = pool_pages(found, score, page_size) if score.by_page else found
+            scores[request, :, : found.shape[-1]] = found
     return VerifyOutput(out, lse, scores)
 
 
@@ -144,6 +192,8 @@ def sparse_attention(
     *,
     heads: HeadConfig,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> SparseOutput:
     """A row at position p sees {selected j < tail_start} and {tail_start <= j <= p}, inside its window."""
     out, lse = _outputs(q, heads)
@@ -152,8 +202,8 @@ def sparse_attention(
         start, end = int(cu_q[request]), int(cu_q[request + 1])
         if kv_len <= 0 or end == start:
             continue
-        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len))
-        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len))
+        keys = gather_keys(k_cache, page_table[request], torch.arange(kv_len), k_scale)
+        values = gather_keys(v_cache, page_table[request], torch.arange(kv_len), v_scale)
         visible = torch.zeros(heads.num_kv_heads, kv_len, dtype=torch.bool)
         for kv_head in range(heads.num_kv_heads):
             row = 0 if kinds == "layer" else kv_head

@@ -10,12 +10,14 @@ import torch
 class VerifyOutput(NamedTuple):
     """out [total_q, Hq, Dv]; lse [total_q, Hq] float32, natural log, sinks included; scores [B, S, max_prefix] float32.
 
-    Score columns at and past a request's prefix are never written.
+    Score columns at and past a request's prefix are never written. Scores of pages have a column per page instead.
+    histogram [B, S, HISTOGRAM_BINS] int32 counts the written scores by `bits >> 21` where the ScoreSpec asks for it.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     scores: torch.Tensor | None
+    histogram: torch.Tensor | None = None
 
 
 class SparseOutput(NamedTuple):

@@ -10,12 +10,18 @@ from specattn_codegen.heads import HeadConfig
 
 Op = Literal["verify_attention", "select_kv", "sparse_attention"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+KvDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2"]
 ScoreRows = Literal["all", "ends", "last"]
 ScoreHeads = Literal["kv_head", "layer"]
+ScoreValue = Literal["weight", "logit"]
+ScoreNormaliser = Literal["exact", "reference"]
+ScoreGranularity = Literal["token", "page_mean", "page_max"]
 
 OPS: tuple[Op, ...] = get_args(Op)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT8 = ("float8_e4m3", "float8_e5m2")
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e5m2": 1}
+HISTOGRAM_BINS = 1024  # of non-negative float32 scores by their top 11 bits, `bits >> 21`: four bins an octave
 
 
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -25,32 +31,60 @@ def require_choice(name: str, value: object, choices: tuple[object, ...]) -> Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSpec:
-    """How verification scores a prefix key: `mean over rows and heads of exp(scale * q . k - lse)`.
+    """How verification scores a prefix key: `mean over rows and heads of exp(scale * q . k - normaliser)`.
 
-    rows   which verify rows: all; ends (the first and the last, a single row counting once); last
-    heads  kv_head: one score per KV head, mean over its group; layer: one score, mean over all query heads
+    rows         which verify rows: all; ends (the first and the last, a single row counting once); last
+    heads        kv_head: one score per KV head, mean over its group; layer: one score, mean over all query heads
+    value        weight: the softmax weight; logit: the mean of the scaled, softcapped logits over the rows that see
+                 the key, -inf where none does
+    normaliser   exact: each row's own log-sum-exp; reference: one the caller gives (`lse_ref`), as the draft steps of
+                 the same tokens computed it. One pass, no weights kept, approximate
+    granularity  token; page_mean or page_max of the token scores of a page's prefix keys
+    histogram    also count each score row's scores by their top 11 bits (HISTOGRAM_BINS), for select_kv to start from
 
-    The denominator is fixed, rows x heads: a key outside a row's window contributes 0.
+    The denominator of weights is fixed, rows x heads: a key outside a row's window contributes 0. With a reference, a
+    row whose reference is not finite contributes 0, and `exp` saturates at 2^64 where a reference is far too small.
     `rows="all", heads="kv_head"` is PillarAttn's score (arXiv 2512.01278), `rows="ends", heads="layer"` is
     Vegas' (arXiv 2602.07223).
     """
 
     rows: ScoreRows = "all"
     heads: ScoreHeads = "kv_head"
-    value: Literal["weight"] = "weight"
-    normaliser: Literal["exact"] = "exact"
-    granularity: Literal["token"] = "token"
+    value: ScoreValue = "weight"
+    normaliser: ScoreNormaliser = "exact"
+    granularity: ScoreGranularity = "token"
+    histogram: bool = False
 
     def __post_init__(self) -> None:
         require_choice("rows", self.rows, get_args(ScoreRows))
         require_choice("heads", self.heads, get_args(ScoreHeads))
-        require_choice("value", self.value, ("weight",))
-        require_choice("normaliser", self.normaliser, ("exact",))
-        require_choice("granularity", self.granularity, ("token",))
+        require_choice("value", self.value, get_args(ScoreValue))
+        require_choice("normaliser", self.normaliser, get_args(ScoreNormaliser))
+        require_choice("granularity", self.granularity, get_args(ScoreGranularity))
+        require_choice("histogram", self.histogram, (False, True))
+        if self.value == "logit" and self.normaliser == "reference":
+            raise SpecError("value='logit', normaliser='reference': logits are not normalised; use normaliser='exact'")
+        if self.value == "logit" and self.histogram:
+            raise SpecError("value='logit', histogram=True: bins are of non-negative scores; use value='weight'")
 
     @property
     def name(self) -> str:
-        return f"{self.rows}-{self.heads}"
+        """As in `all-kv_head` or `ends-layer-logit-page_max`: what differs from a token's exact weight is named."""
+        changed = [
+            self.value if self.value != "weight" else "",
+            self.normaliser if self.normaliser != "exact" else "",
+            self.granularity if self.granularity != "token" else "",
+            "histogram" if self.histogram else "",
+        ]
+        return "-".join([self.rows, self.heads, *filter(None, changed)])
+
+    @property
+    def by_page(self) -> bool:
+        return self.granularity != "token"
+
+    def columns(self, max_prefix: int, page_size: int) -> int:
+        """Score columns of a request of at most `max_prefix` prefix keys."""
+        return -(-max_prefix // page_size) if self.by_page else max_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +93,8 @@ class KernelSpec:
 
     op         verify_attention | select_kv | sparse_attention
     heads      the attention heads
-    dtype      of q, the KV cache and out (select_kv always reads float32 scores)
+    dtype      of q and out (select_kv always reads float32 scores)
+    kv_dtype   of the KV cache: dtype, which None stands for, or an 8-bit float with scales
     page_size  keys per page; 0 where the backend takes it as a run-time argument (the CPU)
     score      verify_attention: the scores to emit, None for none
     selection  select_kv and sparse_attention: one selection per KV head, or one for the whole layer
@@ -68,6 +103,7 @@ class KernelSpec:
     op: Op
     heads: HeadConfig
     dtype: Dtype = "float32"
+    kv_dtype: KvDtype | None = None
     page_size: int = 0
     score: ScoreSpec | None = None
     selection: ScoreHeads | None = None
@@ -75,6 +111,9 @@ class KernelSpec:
     def __post_init__(self) -> None:
         require_choice("op", self.op, OPS)
         require_choice("dtype", self.dtype, DTYPES)
+        if self.kv_dtype == self.dtype or self.op == "select_kv":
+            object.__setattr__(self, "kv_dtype", None)
+        require_choice("kv_dtype", self.kv_dtype, (None, *FLOAT8))
         if self.page_size < 0:
             raise SpecError(f"page_size={self.page_size}: must be at least 1 key")
         if self.op == "verify_attention" and self.selection is not None:
@@ -91,8 +130,22 @@ class KernelSpec:
         return 1 if kind == "layer" else self.heads.num_kv_heads
 
     @property
+    def cache_dtype(self) -> KvDtype:
+        return self.kv_dtype or self.dtype
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the cache holds 8-bit floats, which come with a scale for K and one for V."""
+        return self.kv_dtype is not None
+
+    @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one element of the KV cache."""
+        return DTYPE_BYTES[self.cache_dtype]
 
     @property
     def name(self) -> str:
@@ -104,6 +157,7 @@ class KernelSpec:
             parts.append(self.selection)
         if self.op != "select_kv":
             parts.append(self.dtype)
+            parts.extend([self.kv_dtype] if self.kv_dtype else [])
             parts.extend([f"p{self.page_size}"] if self.page_size else [])
         return "-".join(parts)
 

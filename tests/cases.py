@@ -37,4 +37,4 @@ def run(kernel: Kernel, problem: AttentionProblem) -> AttentionCall:
 
 def verdict(kernel: Kernel, problem: AttentionProblem) -> Verdict:
     call = run(kernel, problem)
-    return check_attention(kernel.spec, problem, call.out, call.lse, call.scores)
+    return check_attention(kernel.spec, problem, call.out, call.lse, call.scores, histogram=call.histogram)

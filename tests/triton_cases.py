@@ -78,4 +78,4 @@ def run(kernel: triton.AttentionKernel, problem: AttentionProblem, num_sms: int 
 
 def verdict(kernel: triton.AttentionKernel, problem: AttentionProblem, num_sms: int | None = None) -> Verdict:
     call = run(kernel, problem, num_sms)
-    return check_attention(kernel.spec, problem, call.out, call.lse, call.scores)
+    return check_attention(kernel.spec, problem, call.out, call.lse, call.scores, histogram=call.histogram)

@@ -18,7 +18,7 @@ from specattn_codegen.plan import Plan
 from specattn_codegen.policy import Policy
 from specattn_codegen.render import render
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_codegen.spec import Dtype, KernelSpec, Op, ScoreHeads, ScoreSpec, Workload
+from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
 
 logger = logging.getLogger("specattn")
 
@@ -26,6 +26,10 @@ DTYPE_NAMES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
+}
+FLOAT8_NAMES: dict[torch.dtype, KvDtype] = {
+    torch.float8_e4m3fn: "float8_e4m3",
+    torch.float8_e5m2: "float8_e5m2",
 }
 BATCH_INVARIANT_WORKLOAD = Workload(batch=1, q_len=1, kv_len=4096, budget=256)
 
@@ -42,6 +46,7 @@ class Kernels:
         arch: Arch,
         device: torch.device,
         dtype: Dtype,
+        kv_dtype: KvDtype | None,
         page_size: int,
         *,
         strict: bool,
@@ -52,6 +57,7 @@ class Kernels:
         self.arch = arch
         self.device = device
         self.dtype: Dtype = dtype
+        self.kv_dtype: KvDtype | None = kv_dtype
         self.page_size = page_size
         self.rungs: dict[tuple[KernelSpec, Workload], str] = {}
         self._strict = strict
@@ -74,7 +80,10 @@ class Kernels:
         max_q: int,
         max_kv: int | None = None,
         score: ScoreSpec | None = None,
+        lse_ref: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
         out: VerifyOutput | None = None,
         workspace: torch.Tensor | None = None,
     ) -> VerifyOutput:
@@ -83,16 +92,29 @@ class Kernels:
         q [total_q, Hq, D]; k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv] (any strides, unit
         last); page_table [B, max_pages], kv_lens [B], cu_q [B + 1] int32. Row i of request b sits at position
         `kv_lens[b] - q_len[b] + i` and sees the keys up to itself, its own included. max_q and max_kv bound rows and
-        keys per request. Scores: see ScoreSpec; columns at and past a request's prefix are left unwritten.
+        keys per request. Scores: see ScoreSpec; columns at and past a request's prefix are left unwritten. lse_ref
+        [total_q, Hq] float32 goes with a reference normaliser; k_scale and v_scale, of one element or one per KV head,
+        with an 8-bit cache.
         Raises SpecError for inputs that break these rules.
         """
         spec = self._spec("verify_attention", score, None)
         inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
         self._require_here(q, "q")
-        call = attention_call(spec, self.page_size, inputs, max_q=max_q, max_kv=max_kv, sinks=sinks, out=out)
+        call = attention_call(
+            spec,
+            self.page_size,
+            inputs,
+            max_q=max_q,
+            max_kv=max_kv,
+            sinks=sinks,
+            lse_ref=lse_ref,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+        )
         kernel = self._kernel(spec, call.batch, max_q, call.max_kv, 0)
         kernel.launch(call, self._workspace(kernel, call, workspace))
-        return VerifyOutput(call.out, call.lse, call.scores)
+        return VerifyOutput(call.out, call.lse, call.scores, call.histogram)
 
     def select_kv(
         self,
@@ -131,6 +153,8 @@ class Kernels:
         max_q: int,
         max_kv: int | None = None,
         sinks: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
         out: SparseOutput | None = None,
         workspace: torch.Tensor | None = None,
     ) -> SparseOutput:
@@ -150,6 +174,8 @@ class Kernels:
             max_q=max_q,
             max_kv=max_kv,
             sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
             out=out,
             selection=selection,
             tail_start=tail_start,
@@ -185,6 +211,7 @@ class Kernels:
                 op=op,
                 heads=self.heads,
                 dtype=dtype,
+                kv_dtype=self.kv_dtype,
                 page_size=self.page_size if self.arch.is_gpu and op != "select_kv" else 0,
                 score=score,
                 selection=selection,
@@ -263,6 +290,7 @@ def load_kernels(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     page_size: int = 16,
     strict: bool = False,
     batch_invariant: bool = False,
@@ -272,6 +300,7 @@ def load_kernels(
 
     device           "cpu" or a CUDA device
     dtype            of q and the KV cache: torch.float32, torch.float16 or torch.bfloat16
+    kv_dtype         of the KV cache where it differs: torch.float8_e4m3fn or torch.float8_e5m2
     page_size        keys per page of the cache
     strict           a missing pack entry raises SpecError instead of falling back to the default plan
     batch_invariant  a row's result does not depend on what else is in the batch (CPU)
@@ -281,6 +310,8 @@ def load_kernels(
     """
     if dtype not in DTYPE_NAMES:
         raise SpecError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPE_NAMES))}")
+    if kv_dtype not in (None, dtype, *FLOAT8_NAMES):
+        raise SpecError(f"kv_dtype={kv_dtype}: must be {dtype} like q, or one of {', '.join(map(str, FLOAT8_NAMES))}")
     if page_size < 1:
         raise SpecError(f"page_size={page_size}: must be at least 1 key")
     place = torch.device(device)
@@ -294,6 +325,7 @@ def load_kernels(
         arch,
         place,
         DTYPE_NAMES[dtype],
+        None if kv_dtype is None else FLOAT8_NAMES.get(kv_dtype),
         page_size,
         strict=strict,
         batch_invariant=batch_invariant,

@@ -26,6 +26,7 @@ class AttentionKernels(Protocol):
         max_q: int,
         max_kv: int | None = None,
         score: ScoreSpec | None = None,
+        lse_ref: torch.Tensor | None = None,
     ) -> VerifyOutput:
         """Causal attention of each request's last rows over its whole cache, with scores of its prefix keys."""
         ...

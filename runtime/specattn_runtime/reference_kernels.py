@@ -29,12 +29,20 @@ class ReferenceKernels:
         max_q: int,  # noqa: ARG002 - bounds a kernel's grid; the oracle has none
         max_kv: int | None = None,
         score: ScoreSpec | None = None,
+        lse_ref: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
     ) -> VerifyOutput:
-        out, lse, scores = reference.verify_attention(
-            q, k_cache, v_cache, page_table, kv_lens, cu_q, heads=self.heads, score=score, max_kv=max_kv, sinks=sinks
+        found = reference.verify_attention(
+            *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
+            heads=self.heads,
+            score=score,
+            max_kv=max_kv,
+            sinks=sinks,
+            lse_ref=lse_ref,
         )
-        return VerifyOutput(out.to(q.dtype), lse.float(), None if scores is None else scores.float())
+        scores = None if found.scores is None else found.scores.float()
+        histogram = reference.count_scores(scores) if scores is not None and score and score.histogram else None
+        return VerifyOutput(found.out.to(q.dtype), found.lse.float(), scores, histogram)
 
     def select_kv(
         self, scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
