@@ -1,6 +1,6 @@
 """How far is CPU verification attention from the memory it must read, and from torch, in one and the same run?
 
-    python -m benchmarks.cpu_verify --out benchmarks/results/cpu/verify.json
+    specattn-bench verify --out verify.json
 
 One request, a paged cache of shuffled pages of 16 keys. Peers are torch's scaled_dot_product_attention over a
 contiguous cache, in the best of the layouts tried: query heads of a group as rows of one head, or enable_gqa. All of
@@ -132,12 +132,12 @@ def show(results: list[dict[str, object]], bandwidth: float, console: Console) -
     console.print(table)
 
 
-@click.command()
+@click.command("verify")
 @click.option("--heads", default="32,8,128", show_default=True, help="Query heads, KV heads, head dim.")
 @click.option("--keys", default=32768, show_default=True, help="Keys of the request.")
 @click.option("--seconds", default=6.0, show_default=True, help="Timing per case.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the results here as JSON.")
-def main(heads: str, keys: int, seconds: float, out: Path | None) -> None:
+def command(heads: str, keys: int, seconds: float, out: Path | None) -> None:
     """Times verification attention on this CPU beside torch and the memory's own speed."""
     config, arch = HeadConfig(**parse_heads(heads)), cpu_info.detect(measure=False)
     threads = torch.get_num_threads()
@@ -162,7 +162,3 @@ def main(heads: str, keys: int, seconds: float, out: Path | None) -> None:
             "results": results,
         }
         out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

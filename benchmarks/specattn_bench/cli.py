@@ -1,0 +1,26 @@
+"""specattn-bench: one subcommand a question. Knows the list of questions and nothing about their answers."""
+
+from __future__ import annotations
+
+import click
+
+from specattn_bench import verify
+from specattn_codegen.cli import console
+
+QUESTIONS: tuple[click.Command, ...] = (verify.command,)
+HELP = """How fast are the kernels, beside what else there is and beside what this machine can do at all?
+
+Every question times its series in turns, on data no cache holds, and prints medians, its peers in the same run, and
+the distance to a ceiling measured in that same run. What was not run here is labelled modelled.
+"""
+
+group = click.Group(
+    name="specattn-bench",
+    commands=QUESTIONS,
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def main() -> None:
+    console.run(group)
