@@ -2,7 +2,7 @@
 
 from specattn_codegen.errors import BuildError, PackError, SpecAttnError, SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
-from specattn_codegen.policy import TopK
+from specattn_codegen.policy import Threshold, TopK, TopP
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "ScoreSpec",
     "SpecAttnError",
     "SpecError",
+    "Threshold",
     "TopK",
+    "TopP",
     "Workload",
     "layer_heads",
 ]

@@ -11,13 +11,15 @@ import torch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall, SelectCall
-from specattn_codegen.policy import Policy, selection_width
+from specattn_codegen.policy import Policy, Threshold, TopK, selection_width
 from specattn_codegen.problems import TORCH_DTYPES, AttentionProblem
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec
 
 Shape = tuple[int | None, ...]
 MAX_ROWS = 65535  # of one request; the smallest limit of a launch grid's axes
+MAX_KEYS = 2**31 - 1  # of one row of scores; positions are 32-bit
+SLOT_DTYPES = (torch.int32, torch.int64)
 
 
 def _require(tensor: torch.Tensor, name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -242,27 +244,33 @@ def select_call(
     *,
     sink: int = 0,
     recent: int = 0,
+    block: int = 1,
+    histogram: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 1,
+    slot_dtype: torch.dtype = torch.int32,
     out: Selection | None = None,
 ) -> SelectCall:
-    """Checks a select_kv call and allocates what `out` does not give. Raises SpecError."""
-    _require(scores, "scores", (None, None, None), torch.float32, scores.device)
-    _require(prefix_lens, "prefix_lens", (scores.shape[0],), torch.int32, scores.device)
-    if sink < 0 or recent < 0:
-        raise SpecError(f"sink={sink}, recent={recent}: must be at least 0 keys")
-    batch, rows, columns = scores.shape
-    sink, recent = min(sink, columns), min(recent, columns)
-    width = selection_width(policy, columns, sink, recent)
+    """Checks a select_kv call and allocates what `out` does not give. Raises SpecError.
+
+    The shapes are those of SelectCall; a page_table asks for slots of `slot_dtype`, int32 or int64.
+    """
+    layers = (None,) * (scores.dim() - 3)
+    _require(scores, "scores", (*layers, None, None, None), torch.float32, scores.device)
+    *leading, columns = scores.shape
+    batch = leading[-2]
+    _require(prefix_lens, "prefix_lens", (batch,), torch.int32, scores.device)
+    if sink < 0 or recent < 0 or block < 1:
+        raise SpecError(f"sink={sink}, recent={recent}, block={block}: must be at least 0, 0 and 1 keys")
+    if scores.dim() > 4 or columns * block >= MAX_KEYS:
+        raise SpecError(f"scores {tuple(scores.shape)} of {block} keys a column: at most 4 axes and {MAX_KEYS} keys")
+    sink, recent = min(sink, columns * block), min(recent, columns * block)
+    _check_page_table(page_table, page_size, batch, block, scores.device)
+    width = selection_width(policy, columns * block, sink, recent, block)
     if out is None:
-        out = Selection(
-            torch.empty(batch, rows, width, dtype=torch.int32, device=scores.device),
-            torch.empty(batch, rows, dtype=torch.int32, device=scores.device),
-        )
-    _require(out.indices, "out.indices", (batch, rows, None), torch.int32, scores.device)
-    _require(out.counts, "out.counts", (batch, rows), torch.int32, scores.device)
-    if out.indices.shape[2] < width:
-        raise SpecError(
-            f"out.indices has {out.indices.shape[2]} columns: this policy may select {width} of {columns} keys"
-        )
+        out = _allocate_selection(scores, width, block, slot_dtype if page_table is not None else None)
+    else:
+        _check_selection_output(scores, width, block, page_table is not None, out)
     return SelectCall(
         scores=scores,
         prefix_lens=prefix_lens,
@@ -271,7 +279,75 @@ def select_call(
         recent=recent,
         indices=out.indices,
         counts=out.counts,
+        block=block,
+        thresholds=_thresholds(policy, scores),
+        histogram=_checked_histogram(policy, scores, histogram),
+        page_table=page_table,
+        page_size=page_size,
+        slots=out.slots,
     )
+
+
+def _check_page_table(
+    page_table: torch.Tensor | None, page_size: int, batch: int, block: int, device: torch.device
+) -> None:
+    if page_table is None:
+        return
+    _require(page_table, "page_table", (batch, None), torch.int32, device)
+    if page_size < 1 or page_size % block:
+        raise SpecError(f"page_size={page_size}, block={block}: slots need a page of a whole number of blocks")
+
+
+def _allocate_selection(scores: torch.Tensor, width: int, block: int, slot_dtype: torch.dtype | None) -> Selection:
+    if slot_dtype not in (None, *SLOT_DTYPES):
+        raise SpecError(f"slot_dtype={slot_dtype}: must be torch.int32 or torch.int64")
+    shape = (*scores.shape[:-1], width)
+    return Selection(
+        torch.empty(shape, dtype=torch.int32, device=scores.device),
+        torch.empty(shape[:-1], dtype=torch.int32, device=scores.device),
+        block,
+        None if slot_dtype is None else torch.empty(shape, dtype=slot_dtype, device=scores.device),
+    )
+
+
+def _check_selection_output(scores: torch.Tensor, width: int, block: int, wants_slots: bool, out: Selection) -> None:
+    rows = tuple(scores.shape[:-1])
+    _require(out.indices, "out.indices", (*rows, None), torch.int32, scores.device)
+    _require(out.counts, "out.counts", rows, torch.int32, scores.device)
+    if out.indices.shape[-1] < width:
+        raise SpecError(
+            f"out.indices has {out.indices.shape[-1]} columns: this policy may select {width} of {scores.shape[-1]}"
+        )
+    if out.block != block:
+        raise SpecError(f"out.block={out.block}: this call selects blocks of {block} keys")
+    if wants_slots != (out.slots is not None):
+        raise SpecError("out.slots: give a tensor for them exactly where the call has a page_table")
+    if out.slots is not None:
+        if out.slots.dtype not in SLOT_DTYPES:
+            raise SpecError(f"out.slots is {out.slots.dtype}: must be torch.int32 or torch.int64")
+        _require(out.slots, "out.slots", tuple(out.indices.shape), out.slots.dtype, scores.device)
+
+
+def _thresholds(policy: Policy, scores: torch.Tensor) -> torch.Tensor | None:
+    """A threshold for each score row where the policy has a tensor of them."""
+    if not isinstance(policy, Threshold) or not isinstance(policy.value, torch.Tensor):
+        return None
+    value, rows = policy.value, scores.shape[:-1]
+    if value.dtype != torch.float32 or value.device != scores.device:
+        raise SpecError(f"Threshold of {value.dtype} on {value.device}: must be torch.float32 on {scores.device}")
+    try:
+        return value.expand(rows)
+    except RuntimeError as error:
+        raise SpecError(f"Threshold of shape {tuple(value.shape)}: must broadcast to the rows {tuple(rows)}") from error
+
+
+def _checked_histogram(policy: Policy, scores: torch.Tensor, histogram: torch.Tensor | None) -> torch.Tensor | None:
+    if histogram is None:
+        return None
+    if not isinstance(policy, TopK):
+        raise SpecError(f"histogram: {type(policy).__name__} has no use for counts of scores; leave it out")
+    _require(histogram, "histogram", (*scores.shape[:-1], HISTOGRAM_BINS), torch.int32, scores.device)
+    return histogram
 
 
 def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:

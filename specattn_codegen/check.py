@@ -6,12 +6,15 @@ Rounding errors of n fp32 additions are bounded by `4 sqrt(n) u` with overwhelmi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
 from specattn_codegen import reference
+from specattn_codegen.kernel import SelectCall
+from specattn_codegen.policy import MASS_TOLERANCE, Policy, Threshold, TopK, TopP
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec
@@ -126,10 +129,57 @@ def check_attention(
     return _verdict(errors)
 
 
-def check_selection(expected: Selection, actual: Selection) -> Verdict:
-    """Selections are exact: same counts, same ascending indices, -1 in every column after a row's count."""
-    counts_differ = int((expected.counts != actual.counts.cpu()).sum())
-    width = expected.indices.shape[-1]
-    indices = actual.indices.cpu()
-    indices_differ = int((expected.indices != indices[..., :width]).sum()) + int((indices[..., width:] != -1).sum())
-    return _verdict({"counts": math.inf if counts_differ else 0.0, "indices": math.inf if indices_differ else 0.0})
+def check_selection(call: SelectCall) -> Verdict:
+    """The outputs of a call against the reference, on exactly the same scores: same counts, same ascending indices, -1
+    in every column after a row's count, and the slots of those indices.
+
+    Where rounding may decide, the count may lie anywhere between those of a mass MASS_TOLERANCE smaller and larger, and
+    the keys must be the best ones of that count.
+    """
+    scores, counts = call.scores.cpu(), call.counts.cpu()
+    least, most = (_expected_selection(call, scores, policy) for policy in _mass_bounds(call.policy))
+    possible = (counts >= least.counts) & (counts <= most.counts)
+    expected = _padded(least.indices, call.indices.shape[-1])
+    for row in (possible & (least.counts < most.counts)).nonzero().tolist():
+        expected[tuple(row)] = _best_of_row(call, scores, row)
+    wrong = {"counts": ~possible, "indices": expected != call.indices.cpu()}
+    if call.page_table is not None and call.slots is not None:
+        slots = reference.physical_slots(expected, call.page_table.cpu(), call.slots_per_page)
+        wrong["slots"] = slots != call.slots.cpu()
+    return _verdict({name: math.inf if bool(where.any()) else 0.0 for name, where in wrong.items()})
+
+
+def _mass_bounds(policy: Policy) -> tuple[Policy, Policy]:
+    """The policies between which a selection may lie; p=1 takes every key with a mass, whatever the rounding."""
+    if not isinstance(policy, TopP) or policy.p == 1.0:
+        return policy, policy
+    least, most = max(0.0, policy.p - MASS_TOLERANCE), min(1.0, policy.p + MASS_TOLERANCE)
+    return dataclasses.replace(policy, p=least), dataclasses.replace(policy, p=most)
+
+
+def _expected_selection(call: SelectCall, scores: torch.Tensor, policy: Policy) -> Selection:
+    if call.thresholds is not None:
+        policy = Threshold(call.thresholds.cpu())
+    return reference.select_kv(
+        scores, call.prefix_lens.cpu(), policy, sink=call.sink, recent=call.recent, block=call.block
+    )
+
+
+def _best_of_row(call: SelectCall, scores: torch.Tensor, row: list[int]) -> torch.Tensor:
+    """The indices of one row's best keys, as many as the kernel counted."""
+    count, request = int(call.counts[tuple(row)]), row[-2]
+    if count == 0:
+        return torch.full((call.indices.shape[-1],), -1, dtype=torch.int32)
+    chosen = reference.select_kv(
+        scores[tuple(row)][None, None],
+        call.prefix_lens.cpu()[request : request + 1],
+        TopK(k=count * call.block),
+        sink=call.sink,
+        recent=call.recent,
+        block=call.block,
+    )
+    return _padded(chosen.indices, call.indices.shape[-1])[0, 0]
+
+
+def _padded(indices: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(indices, (0, width - indices.shape[-1]), value=-1)

@@ -9,6 +9,7 @@ import torch
 
 from specattn_codegen.plan import Plan
 from specattn_codegen.policy import Policy
+from specattn_codegen.results import Selection
 from specattn_codegen.spec import KernelSpec
 
 
@@ -52,7 +53,14 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectCall:
-    """Arguments of select_kv: scores [B, S, N] float32, prefix_lens [B] int32 -> indices [B, S, K], counts [B, S]."""
+    """Arguments of select_kv, checked: scores [B, S, N] float32, a column for `block` keys, and prefix_lens [B] int32.
+
+    Outputs are written in place: indices [B, S, K] int32, counts [B, S] int32 and, where page_table [B, max_pages]
+    int32 with its page_size is given, slots [B, S, K] int32 or int64. prefix_lens, sink and recent count keys.
+    thresholds [B, S] float32, at any strides, belong to a Threshold of a tensor; histogram [B, S, HISTOGRAM_BINS] int32
+    counts the row's scores where verification left it. Scores, indices, counts, slots, thresholds and histogram may all
+    have a leading layer axis.
+    """
 
     scores: torch.Tensor
     prefix_lens: torch.Tensor
@@ -61,6 +69,27 @@ class SelectCall:
     recent: int
     indices: torch.Tensor
     counts: torch.Tensor
+    block: int = 1
+    thresholds: torch.Tensor | None = None
+    histogram: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    page_size: int = 1
+    slots: torch.Tensor | None = None
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.indices, self.counts, self.block, self.slots)
+
+    @property
+    def slots_per_page(self) -> int:
+        """Indices of a page; a slot is the place in the cache of `block` keys."""
+        return self.page_size // self.block
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, requests, score rows and score columns."""
+        batch, rows, columns = self.scores.shape[-3:]
+        return self.scores.shape[0] if self.scores.dim() == 4 else 1, batch, rows, columns
 
 
 Call = AttentionCall | SelectCall

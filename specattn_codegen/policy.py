@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
 
 from specattn_codegen.errors import SpecError
 
+if TYPE_CHECKING:
+    import torch
+
 PPM = 1_000_000
+MASS_TOLERANCE = 2.0**-20  # of a row's total: how far from `p` the mass of a TopP selection may be decided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +38,7 @@ class TopK:
             raise SpecError(f"TopK(k={self.k}, min={self.min}, max={self.max}): min and max go with ratio, not with k")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise SpecError(f"TopK(ratio={self.ratio}): must be above 0 and at most 1")
-        if self.min < 0 or (self.max is not None and self.max < max(self.min, 1)):
-            raise SpecError(f"TopK(min={self.min}, max={self.max}): needs 0 <= min <= max and max >= 1")
+        _require_bounds("TopK", self.min, self.max)
 
     @property
     def ratio_ppm(self) -> int:
@@ -49,10 +54,80 @@ class TopK:
         wanted = max(-(-self.ratio_ppm * prefix // PPM), self.min)
         return min(wanted if self.max is None else min(wanted, self.max), prefix)
 
+    def most_keys(self, prefix: int) -> int:
+        """Most keys it selects out of `prefix`, unless more are forced."""
+        return self.budget(prefix)
 
-Policy = TopK
+
+@dataclass(frozen=True, slots=True)
+class TopP:
+    """The fewest keys whose scores sum to the share p of the row's total: largest first, then the smaller index.
+
+    The sum is decided within MASS_TOLERANCE of the total; p=1 takes every key with a score above 0. Forced keys count
+    towards it. min and max bound the selected keys, the forced ones included. Scores are masses, finite and not
+    negative, normalised or not. A row without any mass gets its forced keys, filled to `min` with the newest.
+
+    bisection_steps=n takes instead all keys at or above the largest threshold which n halvings of [0, largest score]
+    show to hold the mass: the fixed-iteration search of SpecAttn (arXiv 2510.27641, n = 10). It reads scores n times
+    and selects more keys than needed, so it is another rule and not another way to compute this one.
+    """
+
+    p: float
+    _: KW_ONLY
+    min: int = 0
+    max: int | None = None
+    bisection_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.p <= 1.0:
+            raise SpecError(f"TopP(p={self.p}): must be at least 0 and at most 1, a share of the row's mass")
+        if self.bisection_steps is not None and self.bisection_steps < 1:
+            raise SpecError(f"TopP(bisection_steps={self.bisection_steps}): must be at least 1; None searches exactly")
+        _require_bounds("TopP", self.min, self.max)
+
+    def most_keys(self, prefix: int) -> int:
+        """Most keys it selects out of `prefix`, unless more are forced."""
+        return max(0, prefix if self.max is None else min(self.max, prefix))
 
 
-def selection_width(policy: Policy, max_prefix: int, sink: int, recent: int) -> int:
-    """K: columns that hold any row's selection, forced keys included."""
-    return min(max_prefix, max(policy.budget(max_prefix), sink + recent))
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Every key whose score is at least `value`, as with thresholds calibrated per head (Top-Theta).
+
+    value is one number, or a float32 tensor on the scores' device that broadcasts to the score rows: [S] for one per
+    head, [B, S] for one per row, [L, 1, S] for one per layer and head. A NaN in it, like NaN below every score, selects
+    the whole row, so that a head nobody calibrated stays dense.
+    """
+
+    value: float | torch.Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, (int, float)) and math.isnan(self.value):
+            raise SpecError("Threshold(nan): must be a number; -inf selects every key whose score is one")
+
+    def most_keys(self, prefix: int) -> int:
+        """Most keys it selects out of `prefix`: all of them."""
+        return max(0, prefix)
+
+
+Policy = TopK | TopP | Threshold
+
+
+def _require_bounds(policy: str, least: int, most: int | None) -> None:
+    if least < 0 or (most is not None and most < max(least, 1)):
+        raise SpecError(f"{policy}(min={least}, max={most}): needs 0 <= min <= max and max >= 1")
+
+
+def blocks_of(keys: int, block: int) -> int:
+    """Blocks of `block` keys that hold `keys` keys."""
+    return -(-keys // block)
+
+
+def selection_width(policy: Policy, max_prefix: int, sink: int, recent: int, block: int = 1) -> int:
+    """K: columns, each of `block` keys, that hold any row's selection out of `max_prefix` keys, forced keys included.
+
+    The recent keys touch a block more than they fill where they begin inside one.
+    """
+    touched = blocks_of(recent - 1, block) + 1 if recent else 0
+    wanted = blocks_of(policy.most_keys(max_prefix), block)
+    return min(blocks_of(max_prefix, block), max(wanted, blocks_of(sink, block) + touched))

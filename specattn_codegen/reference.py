@@ -11,7 +11,7 @@ import math
 import torch
 
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.policy import Policy
+from specattn_codegen.policy import Policy, Threshold, TopK, TopP, blocks_of
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import HISTOGRAM_BINS, ScoreHeads, ScoreSpec
 
@@ -150,34 +150,114 @@ def verify_attention(
     return VerifyOutput(out, lse, scores)
 
 
-def order_key(score: float) -> tuple[bool, float]:
-    """Sorts scores from small to large with NaN below everything and -0 equal to +0."""
-    return (not math.isnan(score), 0.0 if math.isnan(score) else score + 0.0)
+def rank_keys(scores: torch.Tensor, forced: torch.Tensor, *, newest_first: bool = False) -> torch.Tensor:
+    """scores [N], forced [N] bool -> positions [N]: forced keys, then the others from large to small scores.
+
+    Equal scores, -0 and +0 among them, go to the smaller index, or with `newest_first` to the larger; NaN comes last.
+    """
+    values = scores.double() + 0.0
+    order = torch.arange(len(values)).flip(0) if newest_first else torch.arange(len(values))
+    for last_first in (values.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf).neg(), values.isnan().int()):
+        order = order[last_first[order].sort(stable=True).indices]
+    return order[(~forced[order]).int().sort(stable=True).indices]
+
+
+def count_by_mass(masses: torch.Tensor, policy: TopP) -> int:
+    """How many of a row's masses [N], forced and then largest first, hold the share p of them all."""
+    reached = masses.cumsum(0)
+    if policy.p == 1.0:
+        return int((masses > 0).nonzero().max()) + 1
+    return int((reached >= policy.p * reached[-1]).nonzero()[0]) + 1 if policy.p > 0 else 0
+
+
+def bisected_threshold(free: torch.Tensor, forced_mass: float, policy: TopP, steps: int) -> float:
+    """The largest threshold that `steps` halvings of [0, largest free score] show to hold the share p of the mass."""
+    target = policy.p * (forced_mass + float(free.sum()))
+    low, high = 0.0, float(free.max()) if len(free) else 0.0
+    for _ in range(steps):
+        middle = float(torch.tensor(0.5 * (low + high), dtype=torch.float32))
+        if forced_mass + float(free[free >= middle].sum()) >= target:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def count_selected(
+    ranked: torch.Tensor, forced: int, policy: Policy, threshold: float, budgets: tuple[int, int]
+) -> int:
+    """How many a policy takes of a row's scores [N], ranked, the forced ones first; budgets: (least, most) columns."""
+    free, (least, most) = ranked[forced:], budgets
+    if isinstance(policy, Threshold):
+        return forced + (len(free) if math.isnan(threshold) else int((free >= threshold).sum()))
+    if isinstance(policy, TopK):
+        return max(most, forced)
+    if float(ranked.sum()) == 0.0:
+        return max(least, forced)
+    if policy.bisection_steps is None:
+        taken = count_by_mass(ranked, policy)
+    else:
+        low = bisected_threshold(free, float(ranked[:forced].sum()), policy, policy.bisection_steps)
+        taken = forced + int((free >= low).sum())
+    return max(min(max(taken, least), most), forced)
+
+
+def select_row(
+    scores: torch.Tensor, prefix: int, policy: Policy, threshold: float, *, sink: int, recent: int, block: int
+) -> list[int]:
+    """scores [N] of one row, of which the blocks of the first `prefix` keys count -> ascending positions."""
+    row = scores[: blocks_of(prefix, block)].double()
+    first_keys = torch.arange(len(row)) * block
+    forced = (first_keys < sink) | ((first_keys + block > prefix - recent) & (recent > 0))
+    least = 0 if isinstance(policy, Threshold) else blocks_of(min(policy.min, prefix), block)
+    budgets = (least, blocks_of(policy.most_keys(prefix), block))
+    order = rank_keys(row, forced, newest_first=isinstance(policy, TopP) and float(row.sum()) == 0.0)
+    return sorted(order[: count_selected(row[order], int(forced.sum()), policy, threshold, budgets)].tolist())
 
 
 def select_kv(
-    scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
+    scores: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    policy: Policy,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    block: int = 1,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 1,
 ) -> Selection:
-    """Forced first and recent keys, then the best scored others until the budget is spent; smaller index on ties."""
-    batch, score_rows, columns = scores.shape
-    chosen: list[list[int]] = []
-    for request in range(batch):
-        prefix = min(int(prefix_lens[request]), columns)
-        budget = policy.budget(prefix)
-        for row in scores[request].tolist():
-            forced = {j for j in range(max(prefix, 0)) if j < sink or j >= prefix - recent}
-            others = sorted(
-                set(range(max(prefix, 0))) - forced, key=lambda j: (*map(_descending, order_key(row[j])), j)
-            )
-            chosen.append(sorted(forced | set(others[: max(0, budget - len(forced))])))
+    """Forced first and recent keys, then the best scored others as far as the policy goes; smaller index on ties.
+
+    scores [B, S, N] or [L, B, S, N], each of `block` keys; with a page_table [B, max_pages] also physical slots.
+    """
+    *leading, score_rows, columns = scores.shape
+    value = policy.value if isinstance(policy, Threshold) else 0.0
+    thresholds = torch.as_tensor(value, dtype=torch.float64).expand(scores.shape[:-1]).flatten().tolist()
+    rows = scores.flatten(0, -2)
+    requests = torch.arange(leading[-1]).repeat_interleave(score_rows).repeat(math.prod(leading[:-1])).tolist()
+    prefixes = [max(0, min(length, columns * block)) for length in prefix_lens.tolist()]
+    chosen = [
+        select_row(row, prefixes[request], policy, threshold, sink=sink, recent=recent, block=block)
+        for row, request, threshold in zip(rows, requests, thresholds, strict=True)
+    ]
     width = max((len(keys) for keys in chosen), default=0)
     indices = torch.tensor([keys + [-1] * (width - len(keys)) for keys in chosen], dtype=torch.int32)
-    counts = torch.tensor([len(keys) for keys in chosen], dtype=torch.int32)
-    return Selection(indices.view(batch, score_rows, width), counts.view(batch, score_rows))
+    counts = torch.tensor([len(keys) for keys in chosen], dtype=torch.int32).view(scores.shape[:-1])
+    indices = indices.view(*scores.shape[:-1], width)
+    slots = None if page_table is None else physical_slots(indices, page_table, page_size // block)
+    return Selection(indices, counts, block, slots)
 
 
-def _descending(value: float) -> float:
-    return -value
+def physical_slots(indices: torch.Tensor, page_table: torch.Tensor, per_page: int) -> torch.Tensor:
+    """indices [.., B, S, K] -> slots int64 of the same shape, `per_page` of them to a page of page_table [B, pages].
+
+    -1 for padding, for an index past the table and for one whose entry is negative.
+    """
+    pages = torch.div(indices, per_page, rounding_mode="floor").long()
+    inside = (indices >= 0) & (pages < page_table.shape[1])
+    entries = page_table.long()[:, None].expand(*indices.shape[:-1], -1)
+    entry = entries.gather(-1, torch.where(inside, pages, 0)) if page_table.shape[1] else torch.full_like(pages, -1)
+    return torch.where(inside & (entry >= 0), entry * per_page + indices % per_page, -1)
 
 
 def sparse_attention(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specattn_codegen import reference
 from specattn_codegen.errors import SpecError
-from specattn_codegen.policy import TopK, selection_width
+from specattn_codegen.policy import Policy, Threshold, TopK, TopP, selection_width
 
 
 @given(ratio=st.floats(1e-6, 1.0), prefix=st.integers(0, 2**31 - 1), least=st.integers(0, 9000))
@@ -20,12 +23,30 @@ def test_a_ratio_budget_is_the_ceiling_of_exact_millionths(ratio: float, prefix:
     assert policy.budget(prefix) == min(prefix, max(exact, least))
 
 
-@given(k=st.integers(1, 10**6), prefix=st.integers(-5, 10**6), sink=st.integers(0, 99), recent=st.integers(0, 99))
-def test_the_width_holds_every_selection(k: int, prefix: int, sink: int, recent: int) -> None:
-    policy = TopK(k=k)
-    width = selection_width(policy, max(prefix, 0), sink, recent)
-    assert policy.budget(prefix) <= width <= max(prefix, 0)
-    assert min(sink + recent, max(prefix, 0)) <= width
+policies: st.SearchStrategy[Policy] = st.one_of(
+    st.integers(1, 300).map(lambda k: TopK(k=k)),
+    st.builds(lambda ratio, least: TopK(ratio=ratio, min=least), st.floats(0.001, 1.0), st.integers(0, 30)),
+    st.builds(lambda most: TopP(0.5, max=most), st.integers(1, 300)),
+    st.sampled_from([TopP(0.9), Threshold(0.5)]),
+)
+
+
+@given(
+    policy=policies,
+    columns=st.integers(0, 40),
+    missing=st.integers(0, 40),
+    sink=st.integers(0, 99),
+    recent=st.integers(0, 99),
+    block=st.integers(1, 17),
+)
+def test_the_width_holds_every_selection(
+    policy: Policy, columns: int, missing: int, sink: int, recent: int, block: int
+) -> None:
+    """Even where every key scores alike and a partial last block makes the recent keys touch one more."""
+    prefix = max(0, columns * block - missing)
+    scores, prefix_lens = torch.ones(1, 1, columns), torch.tensor([prefix])
+    selection = reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
+    assert int(selection.counts) <= selection_width(policy, columns * block, sink, recent, block) <= columns
 
 
 def test_five_percent_of_a_prefix() -> None:
@@ -43,6 +64,20 @@ def test_bad_policies_name_the_value(arguments: dict[str, float]) -> None:
         TopK(**arguments)  # pyright: ignore[reportArgumentType]
 
 
-def test_minimum_above_maximum() -> None:
+@pytest.mark.parametrize(
+    "arguments", [{"p": -0.1}, {"p": 1.5}, {"p": math.nan}, {"p": 0.5, "bisection_steps": 0}, {"p": 0.5, "max": 0}]
+)
+def test_bad_shares_name_the_value(arguments: dict[str, float]) -> None:
+    with pytest.raises(SpecError, match=r"TopP\("):
+        TopP(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_threshold_is_a_number() -> None:
+    with pytest.raises(SpecError, match=r"Threshold\(nan\)"):
+        Threshold(math.nan)
+
+
+@pytest.mark.parametrize("policy", [lambda: TopK(ratio=0.1, min=10, max=5), lambda: TopP(0.5, min=10, max=5)])
+def test_minimum_above_maximum(policy: Callable[[], Policy]) -> None:
     with pytest.raises(SpecError, match="min <= max"):
-        TopK(ratio=0.1, min=10, max=5)
+        policy()

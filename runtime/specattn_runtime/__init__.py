@@ -1,7 +1,7 @@
 """Online half of specattn-codegen: loads kernels from packs and runs self-speculative decoding on them."""
 
-from specattn_codegen.policy import TopK
+from specattn_codegen.policy import Threshold, TopK, TopP
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_runtime.dispatch import Kernels, load_kernels
 
-__all__ = ["Kernels", "Selection", "SparseOutput", "TopK", "VerifyOutput", "load_kernels"]
+__all__ = ["Kernels", "Selection", "SparseOutput", "Threshold", "TopK", "TopP", "VerifyOutput", "load_kernels"]

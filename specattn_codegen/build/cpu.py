@@ -15,9 +15,10 @@ import torch
 from specattn_codegen import paths
 from specattn_codegen.build.store import publish
 from specattn_codegen.digest import digest
-from specattn_codegen.errors import BuildError
+from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
+from specattn_codegen.policy import TopK
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
@@ -100,12 +101,13 @@ class _AttentionArguments(ctypes.Structure):
     """Mirrors `struct Arguments` of templates/cpu/_attention.jinja, field for field."""
 
     _POINTERS = (
-        *("q", "k", "v", "out", "lse", "scores", "sinks", "page_table", "kv_lens", "cu_q"),
-        *("indices", "counts", "tail_start", "workspace"),
+        *("q", "k", "v", "out", "lse", "scores", "histogram", "sinks", "lse_ref", "k_scale", "v_scale"),
+        *("page_table", "kv_lens", "cu_q", "indices", "counts", "tail_start", "workspace"),
     )
     _STRIDES = (
         *("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row", "out_head"),
         *("table_row", "score_request", "score_row", "index_request", "index_row"),
+        *("k_scale_head", "v_scale_head"),
     )
     _SIZES = ("batch", "page_size", "max_q", "max_kv", "selected_width", "threads")
     _fields_ = (
@@ -138,10 +140,12 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
     scores = (0, 0) if call.scores is None else call.scores.stride()[:2]
     index = (0, 0) if call.indices is None else call.indices.stride()[:2]
     return _AttentionArguments(
-        *(_address(t) for t in (call.q, call.k_cache, call.v_cache, call.out, call.lse, call.scores, call.sinks)),
+        *(_address(t) for t in (call.q, call.k_cache, call.v_cache, call.out, call.lse, call.scores, call.histogram)),
+        *(_address(t) for t in (call.sinks, call.lse_ref, call.k_scale, call.v_scale)),
         *(_address(t) for t in (call.page_table, call.kv_lens, call.cu_q, call.indices, call.counts, call.tail_start)),
         None,
         *(q[0], q[1], *k[:3], *v[:3], out[0], out[1], call.page_table.stride(0), *scores, *index),
+        *(0 if scale is None else scale.stride(0) for scale in (call.k_scale, call.v_scale)),
         *(call.batch, call.k_cache.shape[1], call.max_q, call.max_kv),
         0 if call.indices is None else call.indices.shape[2],
         torch.get_num_threads(),
@@ -153,6 +157,8 @@ NO_MAXIMUM = 2**62
 
 def _select_arguments(call: SelectCall) -> _SelectArguments:
     policy = call.policy
+    if not isinstance(policy, TopK) or call.scores.dim() > 3 or call.block > 1 or call.slots is not None:
+        raise SpecError(f"{policy}: this kernel serves TopK of single keys and one layer")
     return _SelectArguments(
         *(_address(t) for t in (call.scores, call.prefix_lens, call.indices, call.counts)),
         None,

@@ -17,9 +17,10 @@ from triton import knobs
 
 from specattn_codegen import paths
 from specattn_codegen.build.store import publish
-from specattn_codegen.errors import BuildError
+from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
+from specattn_codegen.policy import TopK
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
@@ -103,15 +104,18 @@ class SelectKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:  # noqa: ARG002 - part of the Kernel protocol
         if not isinstance(call, SelectCall):
             raise TypeError("select_kv takes a SelectCall")
+        policy = call.policy
+        if not isinstance(policy, TopK) or call.scores.dim() > 3 or call.block > 1 or call.slots is not None:
+            raise SpecError(f"{policy}: this kernel serves TopK of single keys and one layer")
         self.module.launch(
             scores=call.scores,
             prefix_lens=call.prefix_lens,
             indices=call.indices,
             counts=call.counts,
-            k=call.policy.k or 0,
-            ratio_ppm=call.policy.ratio_ppm,
-            min_keys=call.policy.min,
-            max_keys=2**31 - 1 if call.policy.max is None else call.policy.max,
+            k=policy.k or 0,
+            ratio_ppm=policy.ratio_ppm,
+            min_keys=policy.min,
+            max_keys=2**31 - 1 if policy.max is None else policy.max,
             sink=call.sink,
             recent=call.recent,
         )
