@@ -1,164 +1,168 @@
-"""How far is CPU verification attention from the memory it must read, and from torch, in one and the same run?
-
-    specattn-bench verify --out verify.json
-
-One request, a paged cache of shuffled pages of 16 keys. Peers are torch's scaled_dot_product_attention over a
-contiguous cache, in the best of the layouts tried: query heads of a group as rows of one head, or enable_gqa. All of
-one case is timed in turns. The ceiling is the best of several read patterns, measured before and after.
-"""
+"""How far is verification attention from what the machine can do, and from torch, in one and the same run?"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from specattn_codegen import build, cpu_info, space
-from specattn_codegen.arch import Arch
-from specattn_codegen.calls import problem_call
-from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import host_timer, rotated, rotating, time_interleaved
-from specattn_codegen.models import parse_heads
-from specattn_codegen.problems import TORCH_DTYPES, AttentionProblem
-from specattn_codegen.render import render
-from specattn_codegen.spec import DTYPE_BYTES, Dtype, KernelSpec, ScoreSpec
+from specattn_bench import ceilings, options, plans, plots, report
+from specattn_bench.ceilings import Ceilings
+from specattn_bench.verify_measured import Setting, measure_case, spec_of
+from specattn_bench.verify_report import result, show
+from specattn_bench.verify_series import SCORES, Case, Series
+from specattn_bench.verify_standing import Standing, standings
+from specattn_codegen import cpu_info
+from specattn_codegen.cli.progress import console
+from specattn_codegen.digest import to_plain
+from specattn_codegen.errors import SpecError
+from specattn_codegen.spec import Dtype, Workload
 
-SCORES = {
-    "none": None,
-    "ends, layer": ScoreSpec(rows="ends", heads="layer"),
-    "all, KV head": ScoreSpec(rows="all", heads="kv_head"),
-}
-PAGE_SIZE = 16
-Launch = Callable[[], object]
+HELP = """Times verification attention on this CPU beside torch's attention, or models it on a GPU.
+
+Measured, without --gpu: requests over a paged cache of shuffled pages. Each series is proved against the float64
+oracle, then all series of a case take turns on data no cache holds. The read and multiply ceilings are measured
+before and after, and the better of each counts. Peers read contiguous caches whose layout is made outside the timing:
+
+\b
+  SDPA, group as rows      query heads of a group packed as rows of their KV head
+  SDPA, enable_gqa         torch's own grouped queries
+  SDPA, K/V repeated       every KV head copied for its group, as repeat_kv leaves it
+  matmuls, group as rows   product, softmax, product; and the same with scores, the only torch way to have them
+
+Modelled, with --gpu: nothing runs. Kernels are compiled for the GPU, and the cost model says what its memory, its
+latency and its units would make of them. Every line is labelled so.
+
+\b
+Examples:
+  specattn-bench verify
+  specattn-bench verify --dtype bfloat16 --rows 7 --scores none --scores ends-layer --seconds 30
+  specattn-bench verify --plan key_tile=64 --plan split_keys=2048 --json trial.json --plot trial.png
+  specattn-bench verify --gpu h100 --gpu a100
+"""
 
 
-def random_problem(heads: HeadConfig, dtype: Dtype, rows: int, keys: int) -> AttentionProblem:
-    """One request whose pages lie in random order."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(TORCH_DTYPES[dtype])
-
-    pages = -(-keys // PAGE_SIZE)
-    return AttentionProblem(
-        q=normal(rows, heads.num_q_heads, heads.head_dim),
-        k_cache=normal(pages, PAGE_SIZE, heads.num_kv_heads, heads.head_dim),
-        v_cache=normal(pages, PAGE_SIZE, heads.num_kv_heads, heads.v_head_dim),
-        page_table=torch.randperm(pages, generator=generator).int()[None],
-        kv_lens=torch.tensor([keys], dtype=torch.int32),
-        cu_q=torch.tensor([0, rows], dtype=torch.int32),
-        max_q=rows,
-        max_kv=keys,
-        sinks=None,
-        indices=None,
-        counts=None,
-        tail_start=torch.tensor([keys - rows], dtype=torch.int32),
+@click.command("verify", help=HELP, short_help="Verification attention, with and without scores.")
+@options.shared
+@click.option("--keys", default=32768, show_default=True, type=click.IntRange(min=2), help="Keys of each request.")
+@click.option(
+    "--rows", "row_counts", multiple=True, type=click.IntRange(min=1), help="May be repeated.  [default: 1, 5, 8]"
+)
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Requests; may be repeated.  [default: 1; 1 and 16 with --gpu]",
+)
+@click.option(
+    "--scores", "scores", multiple=True, type=click.Choice(list(SCORES)), help="May be repeated.  [default: all]"
+)
+def command(
+    heads: str,
+    dtypes: tuple[Dtype, ...],
+    page_size: int,
+    seconds: float,
+    threads: int | None,
+    plan: tuple[str, ...],
+    plan_source: plans.PlanSource,
+    json_path: Path | None,
+    plot_path: Path | None,
+    save: bool,
+    keys: int,
+    row_counts: tuple[int, ...],
+    batches: tuple[int, ...],
+    scores: tuple[str, ...],
+) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    setting = Setting(
+        heads=options.heads_of(heads),
+        arch=cpu_info.detect(measure=False),
+        page_size=page_size,
+        scores=scores or tuple(SCORES),
+        plan_source=plan_source,
+        overrides=plans.parse_overrides(plan),
+        seconds=options.require_seconds(seconds),
     )
-
-
-def torch_peers(heads: HeadConfig, problem: AttentionProblem) -> dict[str, Launch]:
-    """Calls over contiguous [1, Hkv, N, D] copies, made outside the timing."""
-    keys, rows = int(problem.kv_lens[0]), problem.q.shape[0]
-    pages = problem.page_table[0].long()
-    k, v = (
-        cache[pages].flatten(0, 1)[None, :keys].transpose(1, 2).contiguous()
-        for cache in (problem.k_cache, problem.v_cache)
+    cases = find_cases(dtypes or ("float32", "bfloat16"), batches or (1,), row_counts or (1, 5, 8), keys)
+    plans.require_known(
+        setting.overrides,
+        [spec_of(setting.heads, case, name) for case in cases for name in setting.scores],
+        setting.arch,
     )
-    packed = problem.q.view(rows, heads.num_kv_heads, heads.group, heads.head_dim).permute(1, 2, 0, 3)
-    packed = packed.reshape(1, heads.num_kv_heads, heads.group * rows, heads.head_dim).contiguous()
-    plain = problem.q.transpose(0, 1)[None].contiguous()
-    seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows) if rows > 1 else None
-    seen_packed = None if seen is None else seen.repeat(heads.group, 1)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return {
-        "SDPA, group as rows": lambda: attention(packed, k, v, attn_mask=seen_packed),
-        "SDPA, enable_gqa": lambda: attention(plain, k, v, attn_mask=seen, enable_gqa=True),
+    places = options.report_paths("verify", setting.arch, json_path, save)
+    options.require_picture(plot_path)
+    series, before, after = measure(setting, cases)
+    best = ceilings.best(before, after)
+    found = standings(series, setting.heads, best)
+    device = f"{report.processor(setting.arch)} ({setting.arch.target}), {torch.get_num_threads()} threads"
+    title = f"measured: {setting.heads.name}, {keys} keys, {device}"
+    show(series, found, best, title, console())
+    by_series = {standing.series: standing for standing in found}
+    answer = {
+        **report.header("verify", setting.arch),
+        "heads": setting.heads.name,
+        "page_size": page_size,
+        "plans": plan_source,
+        "seconds_a_case": seconds,
+        "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},
+        "results": [result(one, by_series.get(one)) for one in series],
     }
+    for place in places:
+        report.write_json(place, answer)
+    if plot_path is not None:
+        picture(plot_path, title, best, found)
 
 
-def run_case(
-    heads: HeadConfig, arch: Arch, dtype: Dtype, rows: int, keys: int, seconds: float
-) -> list[dict[str, object]]:
-    problem = random_problem(heads, dtype, rows, keys)
-    launches: dict[str, Launch] = {}
-    for name, score in SCORES.items():
-        spec = KernelSpec(op="verify_attention", heads=heads, dtype=dtype, score=score)
-        plan = space.default_plan(spec, arch, "cpu")
-        kernel = build.load(render(spec, plan, build.target_for(plan, arch)))
-        calls = [problem_call(spec, turn) for turn in rotated(problem, 2)]  # a call's data is cold at its next turn
-        launches[f"ours, scores {name}"] = rotating(kernel, calls, "cpu")
-    launches |= torch_peers(heads, problem)
-    with torch.inference_mode():
-        timings = time_interleaved(tuple(launches.values()), seconds=seconds, timer=host_timer)  # pyright: ignore[reportArgumentType]
-    read = keys * heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * DTYPE_BYTES[dtype]
+def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[int], keys: int) -> list[Case]:
+    if max(rows) >= keys:
+        raise SpecError(f"--rows {max(rows)}: must be fewer than --keys {keys}, as rows are keys too")
     return [
-        {
-            "dtype": dtype,
-            "rows": rows,
-            "keys": keys,
-            "what": name,
-            "median_us": round(timing.median_us, 1),
-            "p20_us": round(timing.p20_us, 1),
-            "p80_us": round(timing.p80_us, 1),
-            "n": timing.n,
-            "cache_gbs": round(read / timing.median_us / 1e3, 2),
-        }
-        for name, timing in zip(launches, timings, strict=True)
+        Case(dtype=dtype, workload=Workload(batch=batch, q_len=q_len, kv_len=keys))
+        for dtype, batch, q_len in itertools.product(dtypes, batches, rows)
     ]
 
 
-def show(results: list[dict[str, object]], bandwidth: float, console: Console) -> None:
-    table = Table(title=f"read ceiling of this run: {bandwidth:.1f} GB/s", title_justify="left")
-    for column in ("dtype", "rows", "what", "median", "cache GB/s", "of ceiling", "times torch"):
-        table.add_column(column)
-    for result in results:
-        same = [r for r in results if (r["dtype"], r["rows"]) == (result["dtype"], result["rows"])]
-        torch_best = min(float(str(r["median_us"])) for r in same if str(r["what"]).startswith("SDPA"))
-        median, rate = float(str(result["median_us"])), float(str(result["cache_gbs"]))
-        table.add_row(
-            str(result["dtype"]),
-            str(result["rows"]),
-            str(result["what"]),
-            f"{median / 1e3:.2f} ms",
-            f"{rate:.1f}",
-            f"{rate / bandwidth:.0%}",
-            f"{torch_best / median:.2f}",
+def measure(setting: Setting, cases: Sequence[Case]) -> tuple[list[Series], Ceilings, Ceilings]:
+    """All series, and the ceilings before and after them."""
+    dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in cases]))
+    series: list[Series] = []
+    with report.progress_bar(console()) as bar:
+        task = bar.add_task("ceilings", total=len(cases))
+        before = ceilings.measure(setting.arch, dtypes)
+        for case in cases:
+            bar.update(task, description=case.name)
+            series += measure_case(setting, case)
+            bar.advance(task)
+        bar.update(task, description="ceilings")
+        after = ceilings.measure(setting.arch, dtypes)
+    return series, before, after
+
+
+def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -> None:
+    def label(standing: Standing) -> str:
+        return standing.series.name if standing.series.kind == "peer" else f"ours, scores {standing.series.name}"
+
+    ours = dict.fromkeys(label(one) for one in found if one.series.kind == "ours")
+    theirs = dict.fromkeys(label(one) for one in found if one.series.kind == "peer")
+    points = [
+        plots.Point(
+            series=label(one),
+            dtype=one.series.case.dtype,
+            case=one.series.case.name,
+            intensity=one.intensity,
+            gflops=one.gflops,
         )
-    console.print(table)
-
-
-@click.command("verify")
-@click.option("--heads", default="32,8,128", show_default=True, help="Query heads, KV heads, head dim.")
-@click.option("--keys", default=32768, show_default=True, help="Keys of the request.")
-@click.option("--seconds", default=6.0, show_default=True, help="Timing per case.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the results here as JSON.")
-def command(heads: str, keys: int, seconds: float, out: Path | None) -> None:
-    """Times verification attention on this CPU beside torch and the memory's own speed."""
-    config, arch = HeadConfig(**parse_heads(heads)), cpu_info.detect(measure=False)
-    threads = torch.get_num_threads()
-    before = cpu_info.measure_rates(arch.target, threads, arch.l2_bytes)
-    results: list[dict[str, object]] = []
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    for dtype in dtypes:
-        for rows in (1, 5, 8):
-            results += run_case(config, arch, dtype, rows, keys, seconds)
-    after = cpu_info.measure_rates(arch.target, threads, arch.l2_bytes)
-    bandwidth = max(before["bandwidth_gbs"], after["bandwidth_gbs"])
-    show(results, bandwidth, Console(width=120))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "heads": config.name,
-            "processor": arch.source,
-            "target": arch.target,
-            "threads": threads,
-            "bandwidth_gbs": bandwidth,
-            "torch": torch.__version__,
-            "results": results,
-        }
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        for one in found
+    ]
+    bars = plots.Bars(
+        label="the fastest torch layout",
+        marks_label="SDPA over repeated K/V",
+        values={name: {one.series.case.name: one.to_best for one in found if label(one) == name} for name in ours},
+        marks={name: {one.series.case.name: one.to_plain for one in found if label(one) == name} for name in ours},
+    )
+    plots.draw(path, title, best, points, bars, plots.colours(list(ours), list(theirs)))

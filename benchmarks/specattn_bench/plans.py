@@ -1,0 +1,70 @@
+"""Which plan a kernel is timed with: what a pack has for it, the safe default, and what the command line overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from specattn_codegen import pack, paths, space
+from specattn_codegen.arch import Arch
+from specattn_codegen.build.resources import Resources
+from specattn_codegen.errors import SpecError
+from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.spec import KernelSpec, Workload
+
+PlanSource = Literal["tuned", "default"]
+Overrides = Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A plan and how it was found: exact or nearest in a pack, default, and `overridden` on top of either.
+
+    resources  of its binary where the pack entry has them; empty otherwise
+    """
+
+    plan: Plan
+    found: str
+    resources: tuple[Resources, ...]
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Setting]:
+    """`key_tile=64` -> {"key_tile": 64}. Raises SpecError."""
+    overrides: dict[str, Setting] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise SpecError(f"--plan {text!r}: must be name=value, as in --plan key_tile=64")
+        overrides[name] = int(value) if value.isdecimal() else value
+    return overrides
+
+
+def require_known(overrides: Overrides, specs: Sequence[KernelSpec], arch: Arch) -> None:
+    """Every override must be an axis of at least one of the kernels. Raises SpecError."""
+    backend = space.backends_for(arch)[0]
+    known = dict.fromkeys(axis.name for spec in specs for axis in space.axes(spec, backend))
+    for name in overrides:
+        if name not in known:
+            raise SpecError(f"--plan {name}: no such setting on {arch.name}; there are {', '.join(known)}")
+
+
+def choose(spec: KernelSpec, workload: Workload, arch: Arch, source: PlanSource, overrides: Overrides) -> Chosen:
+    """As dispatch chooses: a pack's entry for this size or the nearest, else the default plan; then the overrides.
+
+    Raises SpecError where the overrides make a plan that cannot be built, and where the backend does not serve `spec`.
+    """
+    found = pack.lookup(spec, workload, arch, paths.pack_layers()) if source == "tuned" else None
+    if found is not None:
+        chosen = Chosen(plan=found.plan, found=found.rung, resources=found.entry.resources)
+    else:
+        plan = space.default_plan(spec, arch, space.backends_for(arch)[0])
+        chosen = Chosen(plan=plan, found="default", resources=())
+    settings = chosen.plan.as_dict()
+    changes = {name: value for name, value in overrides.items() if name in settings and settings[name] != value}
+    if changes:
+        chosen = Chosen(plan=chosen.plan.replace(**changes), found=f"{chosen.found}, overridden", resources=())
+    reason = space.why_invalid(chosen.plan, spec, arch)
+    if reason is not None:
+        raise SpecError(f"{spec.name}: {reason}")
+    return chosen

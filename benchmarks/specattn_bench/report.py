@@ -1,0 +1,81 @@
+"""What every question's answer is made of: the JSON around the results, where it is kept, and how a run is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from specattn_codegen import environment
+from specattn_codegen.arch import Arch
+from specattn_codegen.digest import to_plain
+from specattn_codegen.errors import SpecError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent
+PROCESSOR = "this machine: "
+
+
+def processor(arch: Arch) -> str:
+    return arch.source.removeprefix(PROCESSOR)
+
+
+def device_slug(arch: Arch) -> str:
+    """A folder's name for this machine's CPU, as in `cpu-intel-xeon-processor`."""
+    words = re.sub(r"\([^)]*\)|@.*", " ", processor(arch).lower())
+    return "-".join(["cpu", *re.findall(r"[a-z0-9]+", words)])
+
+
+def saved_path(arch: Arch, question: str) -> Path:
+    """benchmarks/results/<device>/<question>.json of a checkout. Raises SpecError where there is no checkout."""
+    if BENCHMARKS.name != "benchmarks" or not (BENCHMARKS.parent / "pyproject.toml").is_file():
+        raise SpecError("--save: results are kept in a checkout's benchmarks/results; use --json PATH here")
+    return BENCHMARKS / "results" / device_slug(arch) / f"{question}.json"
+
+
+def header(question: str, arch: Arch) -> dict[str, object]:
+    """Where the numbers of a report come from."""
+    return {
+        "question": question,
+        "label": "measured",
+        "processor": processor(arch),
+        "target": arch.target,
+        "cores": arch.num_sms,
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": arch.l2_bytes,
+        "environment": to_plain(environment.current("cpu", environment.device_name(arch))),
+    }
+
+
+def write_json(path: Path, report: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Finds out before minutes of timing, not after them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise SpecError(f"{option} {path}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def progress_bar(screen: Console) -> Progress:
+    """Shown on a terminal only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )

@@ -1,0 +1,108 @@
+"""Verification on this machine's CPU: every series of a case proved, then timed in turns with torch's attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specattn_bench import peers
+from specattn_bench.plans import Chosen, Overrides, PlanSource, choose
+from specattn_bench.timing import Launch, in_turn, turns
+from specattn_bench.verify_series import SCORES, Case, Series
+from specattn_codegen import build
+from specattn_codegen.arch import Arch
+from specattn_codegen.calls import problem_call
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.kernel import Kernel
+from specattn_codegen.measure import host_timer, rotated, time_interleaved
+from specattn_codegen.problems import AttentionProblem, workload_problem
+from specattn_codegen.prove import Extent, launch, prove
+from specattn_codegen.render import render
+from specattn_codegen.spec import KernelSpec
+
+PROOF = Extent(keys=600, ragged=200, rows=8)  # the binary is the one that is timed; on the CPU sizes are arguments
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is the same for all cases. seconds: of timing a case."""
+
+    heads: HeadConfig
+    arch: Arch
+    page_size: int
+    scores: tuple[str, ...]
+    plan_source: PlanSource
+    overrides: Overrides
+    seconds: float
+
+
+def spec_of(heads: HeadConfig, case: Case, scores: str, page_size: int = 0) -> KernelSpec:
+    return KernelSpec(op="verify_attention", heads=heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores])
+
+
+def measure_case(setting: Setting, case: Case) -> list[Series]:
+    """Every series of one case: ours, then the peers; those that cannot be timed say why."""
+    ours = [_built(setting, case, scores) for scores in setting.scores]
+    problem = _problem(setting, case)
+    count, turn = turns(problem.k_cache.nbytes + problem.v_cache.nbytes, setting.arch)
+    copies = rotated(problem, count)
+    series: list[Series] = []
+    launches: list[Callable[[], None]] = []
+    for one, kernel in ours:
+        series.append(one)
+        if kernel is not None:
+            launches.append(in_turn(_launches(kernel, copies), turn))
+    for name, peer in peers.peer_launches(setting.heads, problem, setting.arch).items():
+        series.append(Series(case=case, name=name, kind="peer", scored=name == peers.WITH_SCORES))
+        launches.append(peer)
+    with torch.inference_mode():
+        timings = iter(time_interleaved(launches, seconds=setting.seconds, timer=host_timer))
+    return [one if one.refused else dataclasses.replace(one, timing=next(timings)) for one in series]
+
+
+def _built(setting: Setting, case: Case, scores: str) -> tuple[Series, Kernel | None]:
+    """A series of ours and its kernel, proved; no kernel where the backend does not serve it, or serves it wrongly."""
+    spec = spec_of(setting.heads, case, scores)
+    series = Series(case=case, name=scores, kind="ours", scored=spec.score is not None)
+    try:
+        choose(spec, case.workload, setting.arch, "default", {})
+    except SpecError as error:
+        return dataclasses.replace(series, refused=f"not served: {error}"), None
+    chosen = choose(spec, case.workload, setting.arch, setting.plan_source, setting.overrides)
+    series = dataclasses.replace(series, chosen=chosen)
+    kernel = load(spec, chosen, setting.arch)
+    verdict = prove(kernel, workload=case.workload, page_size=setting.page_size, seed=SEED, device="cpu", extent=PROOF)
+    if not verdict.passed:
+        return dataclasses.replace(series, refused=f"not served: wrong results, {verdict.detail}"), None
+    return series, kernel
+
+
+def load(spec: KernelSpec, chosen: Chosen, arch: Arch) -> Kernel:
+    return build.load(render(spec, chosen.plan, build.target_for(chosen.plan, arch)))
+
+
+def _problem(setting: Setting, case: Case) -> AttentionProblem:
+    """Requests over shuffled pages, with the rows' own log-sum-exps as references, which is what drafting leaves."""
+    spec = spec_of(setting.heads, case, "none")
+    problem = workload_problem(spec, case.workload, page_size=setting.page_size, seed=SEED)
+    problem = dataclasses.replace(problem, max_kv=case.workload.kv_len)
+    chosen = choose(spec, case.workload, setting.arch, "default", {})
+    call = problem_call(spec, problem)
+    launch(load(spec, chosen, setting.arch), call, "cpu")
+    return dataclasses.replace(problem, lse_ref=call.lse)
+
+
+def _launches(kernel: Kernel, copies: Sequence[AttentionProblem]) -> list[Launch]:
+    """One launch a copy, over one workspace, as a decode loop has it."""
+    score = kernel.spec.score
+    if score is None or score.normaliser != "reference":
+        copies = [dataclasses.replace(copy, lse_ref=None) for copy in copies]
+    calls = [problem_call(kernel.spec, copy) for copy in copies]
+    workspace = torch.empty(max(map(kernel.workspace_bytes, calls)), dtype=torch.uint8)
+    return [functools.partial(kernel.launch, call, workspace) for call in calls]

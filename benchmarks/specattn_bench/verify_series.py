@@ -1,0 +1,51 @@
+"""What is asked of verification: the score definitions by name, the cases, and what became of each series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specattn_bench.plans import Chosen
+from specattn_codegen.outcome import Timing
+from specattn_codegen.spec import Dtype, ScoreSpec, Workload
+
+SCORES: dict[str, ScoreSpec | None] = {
+    "none": None,
+    "reference": ScoreSpec(rows="all", heads="kv_head", normaliser="reference"),
+    "reference-histogram": ScoreSpec(rows="all", heads="kv_head", normaliser="reference", histogram=True),
+    "ends-layer": ScoreSpec(rows="ends", heads="layer"),
+    "all-kv_head": ScoreSpec(rows="all", heads="kv_head"),
+}
+
+Kind = Literal["ours", "peer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One dtype and size. All series of a case are timed in turns."""
+
+    dtype: Dtype
+    workload: Workload
+
+    @property
+    def name(self) -> str:
+        rows = f"{self.workload.q_len} row" + ("s" if self.workload.q_len > 1 else "")
+        requests = f"{self.workload.batch} requests, " if self.workload.batch > 1 else ""
+        return f"{self.dtype}, {requests}{rows}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One way to do the case's work. refused says why it was not timed; timing is None exactly then.
+
+    name    of ours the score definition, one of SCORES; of a peer how it goes about it
+    scored  whether it gives scores besides the output
+    """
+
+    case: Case
+    name: str
+    kind: Kind
+    scored: bool
+    chosen: Chosen | None = None
+    timing: Timing | None = None
+    refused: str = ""
