@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from specattn_bench.report import require_writable, saved_path
-from specattn_codegen import models
+from specattn_codegen import gpus, models
 from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
@@ -61,13 +61,21 @@ def heads_of(text: str) -> HeadConfig:
     return HeadConfig(**models.parse_heads(text))
 
 
+def gpus_named(names: Sequence[str]) -> tuple[Arch, ...]:
+    """GPUs to model; `all` stands for every known one. Raises SpecError."""
+    if "cpu" in names:
+        raise SpecError("--gpu cpu: the CPU is here and is measured; leave --gpu out")
+    wanted = gpus.names() if "all" in names else names
+    return tuple(dict.fromkeys(gpus.find(name) for name in wanted))
+
+
 def require_seconds(seconds: float) -> float:
     if not 0 < seconds < float("inf"):
         raise SpecError(f"--seconds {seconds:g}: must be above 0")
     return seconds
 
 
-def report_paths(question: str, arch: Arch, json_path: Path | None, save: bool) -> list[Path]:
+def report_paths(question: str, arch: Arch, json_path: Path | None, *, save: bool) -> list[Path]:
     """Where the JSON goes; every place is tried before anything is timed."""
     paths = [json_path] if json_path else []
     if json_path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from specattn_bench.ceilings import Ceilings
 
@@ -96,6 +96,9 @@ def roofline(axes: Axes, ceilings: Ceilings, points: Sequence[Point], colour: Ma
         axes.plot(point.intensity, point.gflops, marker, color=colour[point.series], ms=7, mec="white", mew=0.7)
     _name_stacks(axes, points)
     axes.set_xlim(low, high)
+    axes.set_ylim(bottom=min(point.gflops for point in points) / 2)
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("operations a byte that must be moved", fontsize=FONT_SIZE, color=INK)
     axes.set_ylabel("GFLOP/s", fontsize=FONT_SIZE, color=INK)
     for axis in (axes.xaxis, axes.yaxis):
@@ -140,30 +143,32 @@ def _name_stacks(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def ratio_bars(axes: Axes, bars: Bars, colour: Mapping[str, str]) -> None:
-    """Groups of bars by case, a line where both are equally fast."""
+    """Groups of bars by case that rise from 1 where faster and hang from it where slower."""
     _plain(axes)
     axes.grid(visible=False, axis="x")
+    axes.set_yscale("log", base=2)
     cases = list(dict.fromkeys(case for by_case in bars.values.values() for case in by_case))
     width = 0.82 / max(1, len(bars.values))
     for place, (name, by_case) in enumerate(bars.values.items()):
-        for group, case in enumerate(cases):
-            if case not in by_case:
-                continue
-            x = group + (place - (len(bars.values) - 1) / 2) * width
-            axes.bar(x, by_case[case], 0.9 * width, color=colour[name])
-            axes.annotate(
-                f"{by_case[case]:.2f}",
-                (x, by_case[case]),
-                ha="center",
-                va="bottom",
-                fontsize=FONT_SIZE - 2.5,
-                color=INK,
-                rotation=90,
-                xytext=(0, 2),
-                textcoords="offset points",
-            )
+        for case, ratio in by_case.items():
+            x = cases.index(case) + (place - (len(bars.values) - 1) / 2) * width
+            axes.bar(x, ratio - 1, 0.9 * width, bottom=1, color=colour[name])
             axes.plot(x, bars.marks[name][case], "D", color=colour[name], ms=4.5, mec=INK, mew=0.6)
+            axes.annotate(  # on the side of the line that the bar leaves free
+                f"{ratio:.2f}",
+                (x, 1),
+                xytext=(0, -4 if ratio >= 1 else 4),
+                textcoords="offset points",
+                ha="center",
+                va="top" if ratio >= 1 else "bottom",
+                rotation=90,
+                fontsize=FONT_SIZE - 2,
+                color=INK,
+            )
     axes.axhline(1, color=INK, lw=1)
+    shown = [ratio for by_case in (*bars.values.values(), *bars.marks.values()) for ratio in by_case.values()]
+    axes.set_ylim(min(0.7, *shown) / 1.1, max(1.5, *shown) * 1.2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases])
     axes.set_ylabel("times as fast", fontsize=FONT_SIZE, color=INK)
     axes.set_title(

@@ -36,16 +36,12 @@ def cache_bytes(spec: KernelSpec, workload: Workload) -> int:
 
 
 def method_work(spec: KernelSpec, workload: Workload, plan: Plan) -> Work:
-    """The least work, and what the plan's way to exact scores adds were nothing of it to stay in a cache: kept weights
-    that are written and read again, or the keys a second time with their products. A reference needs neither."""
-    least = least_work(spec, workload)
-    if spec.score is None or spec.score.normaliser == "reference":
+    """The least work, and the weights of scored rows that a plan keeps until their log-sum-exp is known: written and
+    read once each, were none of them to stay in a cache."""
+    least, settings = least_work(spec, workload), plan.as_dict()
+    if spec.score is None or "score_dump" not in settings:
         return least
-    heads, settings = spec.heads, plan.as_dict()
     rows = {"all": workload.q_len, "ends": min(2, workload.q_len), "last": 1}[spec.score.rows]
-    weights = workload.batch * rows * heads.num_q_heads * (workload.kv_len - workload.q_len)
-    if settings.get("score_method") == "remat":
-        keys = workload.batch * workload.kv_len * heads.num_kv_heads * heads.head_dim * spec.cache_bytes
-        return Work(memory_bytes=least.memory_bytes + keys, operations=least.operations + 2 * weights * heads.head_dim)
-    kept = DTYPE_BYTES[str(settings.get("score_dump", spec.dtype))]
-    return Work(memory_bytes=least.memory_bytes + 2 * weights * kept, operations=least.operations)
+    weights = workload.batch * rows * spec.heads.num_q_heads * (workload.kv_len - workload.q_len)
+    kept = 2 * weights * DTYPE_BYTES[str(settings["score_dump"])]
+    return Work(memory_bytes=least.memory_bytes + kept, operations=least.operations)

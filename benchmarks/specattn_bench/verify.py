@@ -9,16 +9,18 @@ from pathlib import Path
 import click
 import torch
 
-from specattn_bench import ceilings, options, plans, plots, report
+from specattn_bench import ceilings, options, plans, plots, report, verify_modelled, verify_report
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.verify_measured import Setting, measure_case, spec_of
-from specattn_bench.verify_report import result, show
-from specattn_bench.verify_series import SCORES, Case, Series
+from specattn_bench.verify_measured import Setting, measure_case
+from specattn_bench.verify_modelled import Modelled, ModelSetting
+from specattn_bench.verify_series import SCORES, Case, Series, spec_of
 from specattn_bench.verify_standing import Standing, standings
 from specattn_codegen import cpu_info
+from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.spec import Dtype, Workload
 
 HELP = """Times verification attention on this CPU beside torch's attention, or models it on a GPU.
@@ -31,7 +33,11 @@ before and after, and the better of each counts. Peers read contiguous caches wh
   SDPA, group as rows      query heads of a group packed as rows of their KV head
   SDPA, enable_gqa         torch's own grouped queries
   SDPA, K/V repeated       every KV head copied for its group, as repeat_kv leaves it
-  matmuls, group as rows   product, softmax, product; and the same with scores, the only torch way to have them
+  matmuls, group as rows   product, softmax, product
+  matmuls, with scores     the same with the scores all-kv_head, which torch has no other way to give
+
+Scores: none; reference (one pass, normalised by the log-sum-exps drafting left) with and without a histogram;
+ends-layer and all-kv_head (exact weights).
 
 Modelled, with --gpu: nothing runs. Kernels are compiled for the GPU, and the cost model says what its memory, its
 latency and its units would make of them. Every line is labelled so.
@@ -48,19 +54,15 @@ Examples:
 @click.command("verify", help=HELP, short_help="Verification attention, with and without scores.")
 @options.shared
 @click.option("--keys", default=32768, show_default=True, type=click.IntRange(min=2), help="Keys of each request.")
-@click.option(
-    "--rows", "row_counts", multiple=True, type=click.IntRange(min=1), help="May be repeated.  [default: 1, 5, 8]"
-)
+@click.option("--rows", multiple=True, type=click.IntRange(min=1), help="May be repeated.  [default: 1, 5, 8]")
 @click.option(
     "--batch",
-    "batches",
     multiple=True,
     type=click.IntRange(min=1),
-    help="Requests; may be repeated.  [default: 1; 1 and 16 with --gpu]",
+    help="Requests; may be repeated.  [default: 1; with --gpu 1, 16]",
 )
-@click.option(
-    "--scores", "scores", multiple=True, type=click.Choice(list(SCORES)), help="May be repeated.  [default: all]"
-)
+@click.option("--scores", multiple=True, type=click.Choice(list(SCORES)), help="May be repeated.  [default: all]")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME|all", help="Model this GPU instead; may be repeated.")
 def command(
     heads: str,
     dtypes: tuple[Dtype, ...],
@@ -73,49 +75,47 @@ def command(
     plot_path: Path | None,
     save: bool,
     keys: int,
-    row_counts: tuple[int, ...],
-    batches: tuple[int, ...],
+    rows: tuple[int, ...],
+    batch: tuple[int, ...],
     scores: tuple[str, ...],
+    gpus: tuple[str, ...],
 ) -> None:
+    archs = options.gpus_named(gpus)
+    cases = find_cases(
+        dtypes or (("bfloat16",) if archs else ("float32", "bfloat16")),
+        batch or ((1, 16) if archs else (1,)),
+        rows or (1, 5, 8),
+        keys,
+    )
+    config, overrides, wanted = options.heads_of(heads), plans.parse_overrides(plan), scores or tuple(SCORES)
+    if archs:
+        if plot_path or save:
+            raise SpecError("--plot, --save: show and keep what was measured; with --gpu use --json")
+        model(
+            ModelSetting(
+                heads=config,
+                archs=archs,
+                page_size=page_size,
+                scores=wanted,
+                plan_source=plan_source,
+                overrides=overrides,
+            ),
+            cases,
+            json_path,
+        )
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     setting = Setting(
-        heads=options.heads_of(heads),
+        heads=config,
         arch=cpu_info.detect(measure=False),
         page_size=page_size,
-        scores=scores or tuple(SCORES),
+        scores=wanted,
         plan_source=plan_source,
-        overrides=plans.parse_overrides(plan),
+        overrides=overrides,
         seconds=options.require_seconds(seconds),
     )
-    cases = find_cases(dtypes or ("float32", "bfloat16"), batches or (1,), row_counts or (1, 5, 8), keys)
-    plans.require_known(
-        setting.overrides,
-        [spec_of(setting.heads, case, name) for case in cases for name in setting.scores],
-        setting.arch,
-    )
-    places = options.report_paths("verify", setting.arch, json_path, save)
-    options.require_picture(plot_path)
-    series, before, after = measure(setting, cases)
-    best = ceilings.best(before, after)
-    found = standings(series, setting.heads, best)
-    device = f"{report.processor(setting.arch)} ({setting.arch.target}), {torch.get_num_threads()} threads"
-    title = f"measured: {setting.heads.name}, {keys} keys, {device}"
-    show(series, found, best, title, console())
-    by_series = {standing.series: standing for standing in found}
-    answer = {
-        **report.header("verify", setting.arch),
-        "heads": setting.heads.name,
-        "page_size": page_size,
-        "plans": plan_source,
-        "seconds_a_case": seconds,
-        "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},
-        "results": [result(one, by_series.get(one)) for one in series],
-    }
-    for place in places:
-        report.write_json(place, answer)
-    if plot_path is not None:
-        picture(plot_path, title, best, found)
+    measure(setting, cases, options.report_paths("verify", setting.arch, json_path, save=save), plot_path)
 
 
 def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[int], keys: int) -> list[Case]:
@@ -127,7 +127,40 @@ def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[i
     ]
 
 
-def measure(setting: Setting, cases: Sequence[Case]) -> tuple[list[Series], Ceilings, Ceilings]:
+def require_overrides(
+    overrides: plans.Overrides, heads: HeadConfig, cases: Sequence[Case], scores: Sequence[str], arch: Arch
+) -> None:
+    plans.require_known(overrides, [spec_of(heads, case, name) for case in cases for name in scores], arch)
+
+
+def measure(setting: Setting, cases: Sequence[Case], places: Sequence[Path], plot_path: Path | None) -> None:
+    """Times every case, prints the answer, writes it to `places` and draws it."""
+    require_overrides(setting.overrides, setting.heads, cases, setting.scores, setting.arch)
+    options.require_picture(plot_path)
+    series, before, after = time_cases(setting, cases)
+    best = ceilings.best(before, after)
+    found = standings(series, setting.heads, best)
+    device = f"{report.processor(setting.arch)} ({setting.arch.target}), {torch.get_num_threads()} threads"
+    title = f"measured: {setting.heads.name}, {cases[0].workload.kv_len} keys, {device}"
+    verify_report.show(series, found, (before, after), title, console())
+    by_series = {standing.series: standing for standing in found}
+    answer = {
+        **report.header("verify", setting.arch),
+        "heads": setting.heads.name,
+        "page_size": setting.page_size,
+        "plans": setting.plan_source,
+        "overrides": dict(setting.overrides),
+        "seconds_a_case": setting.seconds,
+        "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},
+        "results": [verify_report.result(one, by_series.get(one)) for one in series],
+    }
+    for place in places:
+        report.write_json(place, answer)
+    if plot_path is not None:
+        picture(plot_path, title, best, found)
+
+
+def time_cases(setting: Setting, cases: Sequence[Case]) -> tuple[list[Series], Ceilings, Ceilings]:
     """All series, and the ceilings before and after them."""
     dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in cases]))
     series: list[Series] = []
@@ -144,14 +177,11 @@ def measure(setting: Setting, cases: Sequence[Case]) -> tuple[list[Series], Ceil
 
 
 def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -> None:
-    def label(standing: Standing) -> str:
-        return standing.series.name if standing.series.kind == "peer" else f"ours, scores {standing.series.name}"
-
-    ours = dict.fromkeys(label(one) for one in found if one.series.kind == "ours")
-    theirs = dict.fromkeys(label(one) for one in found if one.series.kind == "peer")
+    ours = dict.fromkeys(one.series.label for one in found if one.series.kind == "ours")
+    theirs = dict.fromkeys(one.series.label for one in found if one.series.kind == "peer")
     points = [
         plots.Point(
-            series=label(one),
+            series=one.series.label,
             dtype=one.series.case.dtype,
             case=one.series.case.name,
             intensity=one.intensity,
@@ -162,7 +192,45 @@ def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -
     bars = plots.Bars(
         label="the fastest torch layout",
         marks_label="SDPA over repeated K/V",
-        values={name: {one.series.case.name: one.to_best for one in found if label(one) == name} for name in ours},
-        marks={name: {one.series.case.name: one.to_plain for one in found if label(one) == name} for name in ours},
+        values={
+            name: {one.series.case.name: one.to_best for one in found if one.series.label == name} for name in ours
+        },
+        marks={
+            name: {one.series.case.name: one.to_plain for one in found if one.series.label == name} for name in ours
+        },
     )
     plots.draw(path, title, best, points, bars, plots.colours(list(ours), list(theirs)))
+
+
+def model(setting: ModelSetting, cases: Sequence[Case], json_path: Path | None) -> None:
+    """Predicts every case on every GPU, prints the answer and writes it."""
+    for arch in setting.archs:
+        require_overrides(setting.overrides, setting.heads, cases, setting.scores, arch)
+    if json_path is not None:
+        report.require_writable(json_path, "--json")
+    found = predict_cases(setting, cases)
+    title = f"modelled: {setting.heads.name}, {cases[0].workload.kv_len} keys; no GPU was timed"
+    verify_report.show_modelled(found, title, console())
+    if json_path is not None:
+        answer = {
+            "question": "verify",
+            "label": "modelled",
+            "heads": setting.heads.name,
+            "page_size": setting.page_size,
+            "plans": setting.plan_source,
+            "overrides": dict(setting.overrides),
+            "results": [verify_report.modelled_result(one) for one in found],
+        }
+        report.write_json(json_path, answer)
+
+
+def predict_cases(setting: ModelSetting, cases: Sequence[Case]) -> list[Modelled]:
+    chosen = verify_modelled.choices(setting, cases)
+    jobs = verify_modelled.compile_jobs(chosen)
+    outcomes = {}
+    with report.progress_bar(console()) as bar:
+        task = bar.add_task("compiling", total=len(jobs))
+        for job, outcome in verify_modelled.compiled(jobs):
+            outcomes[job] = outcome
+            bar.advance(task)
+    return verify_modelled.predicted(chosen, outcomes)

@@ -12,7 +12,7 @@ import torch
 from specattn_bench import peers
 from specattn_bench.plans import Chosen, Overrides, PlanSource, choose
 from specattn_bench.timing import Launch, in_turn, turns
-from specattn_bench.verify_series import SCORES, Case, Series
+from specattn_bench.verify_series import Case, Series, spec_of
 from specattn_codegen import build
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
@@ -40,10 +40,6 @@ class Setting:
     plan_source: PlanSource
     overrides: Overrides
     seconds: float
-
-
-def spec_of(heads: HeadConfig, case: Case, scores: str, page_size: int = 0) -> KernelSpec:
-    return KernelSpec(op="verify_attention", heads=heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores])
 
 
 def measure_case(setting: Setting, case: Case) -> list[Series]:

@@ -8,44 +8,45 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from specattn_bench import ceilings
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.verify_series import Series
+from specattn_bench.plans import Chosen
+from specattn_bench.verify_modelled import Modelled
+from specattn_bench.verify_series import Case, Series
 from specattn_bench.verify_standing import Standing
+from specattn_codegen.cli.progress import microseconds
 
-COLUMNS = (
-    "case",
-    "series",
-    "median",
-    "20-80 %",
-    "GB/s",
-    "of read",
-    "of floor",
-    "of method",
-    "over none",
-    "x best",
-    "x plain",
-)
+TEXT_COLUMNS = ("case", "series", "gpu", "scores", "binds", "label")
+MEASURED = ("case", "series", "median", "20-80 %", "GB/s", "of read", "of floor", "of method", "over none", "x best")
+COLUMNS = (*MEASURED, "x plain")
 LEGEND = (
     "of read: bytes of K and V a second, of the read ceiling. of floor: the longer of bytes at the read ceiling and",
     "operations at the multiply ceiling, over the median. of method: the same with what this way to scores adds.",
     "over none: beside ours without scores. x best, x plain: times as fast as the fastest torch layout without scores,",
     "and as SDPA over K/V repeated for every head.",
 )
+MODELLED_COLUMNS = ("gpu", "case", "scores", "plan", "time", "of floor", "binds", "label")
+MODELLED_LEGEND = (
+    "modelled: compiled for the GPU, which is not here, and predicted by the cost model; nothing was timed.",
+    "plan: how it was found. of floor: the longer of bytes and operations at the data sheet's rates, over the time.",
+)
+
+
+def _named(case: Case, chosen: Chosen | None) -> dict[str, object]:
+    size = case.workload
+    return {
+        "dtype": case.dtype,
+        "batch": size.batch,
+        "rows": size.q_len,
+        "keys": size.kv_len,
+        "plan": chosen and chosen.plan.as_dict(),
+        "plan_found": chosen and chosen.found,
+    }
 
 
 def result(series: Series, standing: Standing | None) -> dict[str, object]:
     """One series as a flat JSON object; only what names it and says why where it was not timed."""
-    size, chosen = series.case.workload, series.chosen
-    named = {
-        "dtype": series.case.dtype,
-        "batch": size.batch,
-        "rows": size.q_len,
-        "keys": size.kv_len,
-        "series": series.name,
-        "kind": series.kind,
-        "plan": chosen and chosen.plan.as_dict(),
-        "plan_found": chosen and chosen.found,
-    }
+    named = {"series": series.name, "kind": series.kind, **_named(series.case, series.chosen)}
     if standing is None:
         return {**named, "status": series.refused}
     return {
@@ -61,12 +62,12 @@ def result(series: Series, standing: Standing | None) -> dict[str, object]:
         "least_operations": standing.work.operations,
         "floor_us": round(standing.floor.microseconds, 1),
         "floor_is": standing.floor.bound,
-        "share_of_read_ceiling": round(standing.share_of_read, 4),
-        "share_of_floor": round(standing.share_of_floor, 4),
+        "share_of_read_ceiling": _rounded(standing.share_of_read),
+        "share_of_floor": _rounded(standing.share_of_floor),
         "share_of_method_floor": _rounded(standing.method_share),
         "overhead_over_none": _rounded(standing.over_none),
-        "times_best_peer": round(standing.to_best, 3),
-        "times_plain_peer": round(standing.to_plain, 3),
+        "times_best_peer": _rounded(standing.to_best),
+        "times_plain_peer": _rounded(standing.to_plain),
         "times_scored_peer": _rounded(standing.to_scored),
     }
 
@@ -75,29 +76,62 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def show(
-    series: Sequence[Series], standings: Sequence[Standing], ceilings: Ceilings, title: str, screen: Console
-) -> None:
-    by_series = {standing.series: standing for standing in standings}
+def modelled_result(modelled: Modelled) -> dict[str, object]:
+    """One prediction as a flat JSON object."""
+    named = {
+        "label": "modelled",
+        "gpu": modelled.arch.name,
+        "scores": modelled.scores,
+        **_named(modelled.case, modelled.chosen),
+    }
+    prediction = modelled.prediction
+    if prediction is None:
+        return {**named, "status": modelled.refused}
+    return {
+        **named,
+        "status": "modelled",
+        "predicted_us": round(prediction.latency_us, 2),
+        "share_of_floor": _rounded(prediction.share_of_ceiling),
+        "binds": prediction.bound,
+    }
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for column in COLUMNS:
-        is_text = column in ("case", "series")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True)
+    return table
+
+
+def show(
+    series: Sequence[Series],
+    standings: Sequence[Standing],
+    measured: tuple[Ceilings, Ceilings],
+    title: str,
+    screen: Console,
+) -> None:
+    """measured: the ceilings before and after the run."""
+    by_series = {standing.series: standing for standing in standings}
+    table = _table(title, COLUMNS)
     for above, one in zip((None, *series), series, strict=False):
         is_first = above is None or above.case != one.case
         if is_first and above is not None:
             table.add_section()
-        case = one.case.name if is_first else ""
-        name = one.name if one.kind == "peer" else f"ours, scores {one.name}"
         standing = by_series.get(one)
-        table.add_row(case, name, *(("not served",) if standing is None else _cells(standing)))
+        cells = ("not served",) if standing is None else _cells(standing)
+        table.add_row(one.case.name if is_first else "", one.label, *cells)
     screen.print(table)
-    for reason in dict.fromkeys(f"{one.case.dtype}, scores {one.name}: {one.refused}" for one in series if one.refused):
+    for reason in dict.fromkeys(f"{one.case.dtype}, {one.label}: {one.refused}" for one in series if one.refused):
         screen.print(reason, markup=False, soft_wrap=True)
-    rates = ", ".join(f"{dtype} {rate * 1e3:.0f} GFLOP/s" for dtype, rate in ceilings.tflops.items())
-    screen.print(f"ceilings of this run: read {ceilings.bandwidth_gbs:.1f} GB/s; multiply {rates}", soft_wrap=True)
-    for line in LEGEND:
+    for line in (_ceilings_line(*measured), *LEGEND):
         screen.print(line, markup=False, soft_wrap=True)
+
+
+def _ceilings_line(before: Ceilings, after: Ceilings) -> str:
+    rates = ceilings.best(before, after).tflops
+    multiply = ", ".join(f"{dtype} {rate * 1e3:.0f} GFLOP/s" for dtype, rate in rates.items())
+    read = f"{before.bandwidth_gbs:.1f} GB/s before, {after.bandwidth_gbs:.1f} after"
+    return f"ceilings of this run, the better counts: read {read}; multiply {multiply}"
 
 
 def _cells(standing: Standing) -> tuple[str, ...]:
@@ -113,3 +147,24 @@ def _cells(standing: Standing) -> tuple[str, ...]:
         f"{standing.to_best:.2f}",
         f"{standing.to_plain:.2f}",
     )
+
+
+def show_modelled(modelled: Sequence[Modelled], title: str, screen: Console) -> None:
+    table = _table(title, MODELLED_COLUMNS)
+    for above, one in zip((None, *modelled), modelled, strict=False):
+        if above is not None and (above.arch, above.scores) != (one.arch, one.scores):
+            table.add_section()
+        found = one.chosen.found if one.chosen else ""
+        prediction = one.prediction
+        cells = ("", "", "not served", "")
+        if prediction is not None:
+            time = microseconds(prediction.latency_us)
+            cells = (time, f"{prediction.share_of_ceiling:.0%}", prediction.bound, "modelled")
+        table.add_row(one.arch.name, one.case.name, one.scores, found, *cells)
+    screen.print(table)
+    for reason in dict.fromkeys(
+        f"{one.arch.name}, scores {one.scores}: {one.refused}" for one in modelled if one.refused
+    ):
+        screen.print(reason, markup=False, soft_wrap=True)
+    for line in MODELLED_LEGEND:
+        screen.print(line, markup=False, soft_wrap=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specattn_bench.plans import Chosen
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Timing
-from specattn_codegen.spec import Dtype, ScoreSpec, Workload
+from specattn_codegen.spec import Dtype, KernelSpec, ScoreSpec, Workload
 
 SCORES: dict[str, ScoreSpec | None] = {
     "none": None,
@@ -49,3 +50,12 @@ class Series:
     chosen: Chosen | None = None
     timing: Timing | None = None
     refused: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name if self.kind == "peer" else f"ours, scores {self.name}"
+
+
+def spec_of(heads: HeadConfig, case: Case, scores: str, page_size: int = 0) -> KernelSpec:
+    """The kernel of one of SCORES; page_size only where a kernel is specialised to it."""
+    return KernelSpec(op="verify_attention", heads=heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from specattn_bench import peers
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.roofline import Floor, cache_bytes, floor_of, method_work
-from specattn_bench.verify_measured import spec_of
-from specattn_bench.verify_series import Series
+from specattn_bench.verify_series import Series, spec_of
 from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Timing

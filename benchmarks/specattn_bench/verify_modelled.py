@@ -1,0 +1,108 @@
+"""Verification on GPUs that are not here: kernels compiled for them, and what the cost model makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from specattn_bench.plans import Chosen, Overrides, PlanSource, choose
+from specattn_bench.verify_series import Case, spec_of
+from specattn_codegen import cost_model, cpu_info
+from specattn_codegen.arch import Arch
+from specattn_codegen.build.resources import Resources
+from specattn_codegen.cost_model import Prediction
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.jobs import CompileJob
+from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.spec import KernelSpec
+from specattn_codegen.worker import WorkerPool
+
+COMPILE_SECONDS = 120.0
+COMPILER = {"TRITON_INTERPRET": None}  # what the workers' environment must not have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSetting:
+    """What is the same for all cases."""
+
+    heads: HeadConfig
+    archs: tuple[Arch, ...]
+    page_size: int
+    scores: tuple[str, ...]
+    plan_source: PlanSource
+    overrides: Overrides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """One kernel on one GPU at one size. refused says why there is no prediction, which is None exactly then."""
+
+    arch: Arch
+    case: Case
+    scores: str
+    spec: KernelSpec
+    chosen: Chosen | None = None
+    resources: tuple[Resources, ...] = ()
+    prediction: Prediction | None = None
+    refused: str = ""
+
+
+def choices(setting: ModelSetting, cases: Sequence[Case]) -> list[Modelled]:
+    """The plan of every kernel and size, or why the GPU does not serve it. Raises SpecError for bad overrides."""
+    return [
+        _chosen(setting, arch, case, scores) for arch in setting.archs for scores in setting.scores for case in cases
+    ]
+
+
+def _chosen(setting: ModelSetting, arch: Arch, case: Case, scores: str) -> Modelled:
+    spec = spec_of(setting.heads, case, scores, setting.page_size)
+    modelled = Modelled(arch=arch, case=case, scores=scores, spec=spec)
+    try:
+        choose(spec, case.workload, arch, "default", {})
+    except SpecError as error:
+        return dataclasses.replace(modelled, refused=f"not served: {error}")
+    chosen = choose(spec, case.workload, arch, setting.plan_source, setting.overrides)
+    return dataclasses.replace(modelled, chosen=chosen, resources=chosen.resources)
+
+
+def compile_jobs(modelled: Sequence[Modelled]) -> list[CompileJob]:
+    """What has to be compiled because no pack knows the resources of its binary; equal kernels once."""
+    jobs = (_job(one) for one in modelled)
+    return list(dict.fromkeys(job for job in jobs if job is not None))
+
+
+def _job(modelled: Modelled) -> CompileJob | None:
+    if modelled.chosen is None or modelled.resources:
+        return None
+    return CompileJob(spec=modelled.spec, plan=modelled.chosen.plan, arch=modelled.arch)
+
+
+def compiled(jobs: Sequence[CompileJob]) -> Iterator[tuple[CompileJob, Outcome]]:
+    """Each job and what became of it, as they finish, in processes of their own."""
+    if not jobs:
+        return
+    size = min(cpu_info.core_count(), len(jobs))
+    with WorkerPool[CompileJob](size=size, deadline_s=COMPILE_SECONDS, environment=COMPILER) as pool:
+        yield from pool.run(jobs)
+
+
+def predicted(modelled: Sequence[Modelled], outcomes: Mapping[CompileJob, Outcome]) -> list[Modelled]:
+    """With a prediction each, or the compiler's reason why there is none."""
+    return [_predicted(one, outcomes) for one in modelled]
+
+
+def _predicted(modelled: Modelled, outcomes: Mapping[CompileJob, Outcome]) -> Modelled:
+    if modelled.chosen is None:
+        return modelled
+    resources, job = modelled.resources, _job(modelled)
+    if job is not None:
+        outcome = outcomes[job]
+        if outcome.status is not Status.OK:
+            return dataclasses.replace(modelled, refused=f"not served: {outcome.status.value}, {outcome.detail}")
+        resources = outcome.resources
+    prediction = cost_model.predict(
+        modelled.spec, modelled.case.workload, modelled.chosen.plan, modelled.arch, resources
+    )
+    return dataclasses.replace(modelled, resources=resources, prediction=prediction)
