@@ -11,16 +11,17 @@ import torch
 
 from specattn_bench import ceilings, options, plans, plots, report, verify_modelled, verify_report
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.verify_measured import Setting, measure_case
-from specattn_bench.verify_modelled import Modelled, ModelSetting
-from specattn_bench.verify_series import SCORES, Case, Series, spec_of
+from specattn_bench.verify_measured import measure_case
+from specattn_bench.verify_modelled import Modelled
+from specattn_bench.verify_series import SCORES, Asked, Case, Series
 from specattn_bench.verify_standing import Standing, standings
 from specattn_codegen import cpu_info
 from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
-from specattn_codegen.heads import HeadConfig
+from specattn_codegen.jobs import CompileJob
+from specattn_codegen.outcome import Outcome
 from specattn_codegen.spec import Dtype, Workload
 
 HELP = """Times verification attention on this CPU beside torch's attention, or models it on a GPU.
@@ -87,70 +88,50 @@ def command(
         rows or (1, 5, 8),
         keys,
     )
-    config, overrides, wanted = options.heads_of(heads), plans.parse_overrides(plan), scores or tuple(SCORES)
+    asked = Asked(
+        heads=options.heads_of(heads),
+        cases=cases,
+        scores=scores or tuple(SCORES),
+        page_size=page_size,
+        plan_source=plan_source,
+        overrides=plans.parse_overrides(plan),
+    )
     if archs:
         if plot_path or save:
-            raise SpecError("--plot, --save: show and keep what was measured; with --gpu use --json")
-        model(
-            ModelSetting(
-                heads=config,
-                archs=archs,
-                page_size=page_size,
-                scores=wanted,
-                plan_source=plan_source,
-                overrides=overrides,
-            ),
-            cases,
-            json_path,
-        )
+            raise SpecError("--plot and --save are for what was measured; with --gpu use --json")
+        model(asked, archs, json_path)
         return
     if threads is not None:
         torch.set_num_threads(threads)
-    setting = Setting(
-        heads=config,
-        arch=cpu_info.detect(measure=False),
-        page_size=page_size,
-        scores=wanted,
-        plan_source=plan_source,
-        overrides=overrides,
-        seconds=options.require_seconds(seconds),
-    )
-    measure(setting, cases, options.report_paths("verify", setting.arch, json_path, save=save), plot_path)
+    arch = cpu_info.detect(measure=False)
+    places = options.report_paths("verify", arch, json_path, save=save)
+    options.require_picture(plot_path)
+    measure(asked, arch, options.require_seconds(seconds), places, plot_path)
 
 
-def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[int], keys: int) -> list[Case]:
+def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[int], keys: int) -> tuple[Case, ...]:
     if max(rows) >= keys:
         raise SpecError(f"--rows {max(rows)}: must be fewer than --keys {keys}, as rows are keys too")
-    return [
+    return tuple(
         Case(dtype=dtype, workload=Workload(batch=batch, q_len=q_len, kv_len=keys))
         for dtype, batch, q_len in itertools.product(dtypes, batches, rows)
-    ]
+    )
 
 
-def require_overrides(
-    overrides: plans.Overrides, heads: HeadConfig, cases: Sequence[Case], scores: Sequence[str], arch: Arch
-) -> None:
-    plans.require_known(overrides, [spec_of(heads, case, name) for case in cases for name in scores], arch)
-
-
-def measure(setting: Setting, cases: Sequence[Case], places: Sequence[Path], plot_path: Path | None) -> None:
+def measure(asked: Asked, arch: Arch, seconds: float, places: Sequence[Path], plot_path: Path | None) -> None:
     """Times every case, prints the answer, writes it to `places` and draws it."""
-    require_overrides(setting.overrides, setting.heads, cases, setting.scores, setting.arch)
-    options.require_picture(plot_path)
-    series, before, after = time_cases(setting, cases)
+    plans.require_known(asked.overrides, asked.specs(), arch)
+    series, before, after = time_cases(asked, arch, seconds)
     best = ceilings.best(before, after)
-    found = standings(series, setting.heads, best)
-    device = f"{report.processor(setting.arch)} ({setting.arch.target}), {torch.get_num_threads()} threads"
-    title = f"measured: {setting.heads.name}, {cases[0].workload.kv_len} keys, {device}"
+    found = standings(series, asked, best)
+    device = f"{report.processor(arch)} ({arch.target}), {torch.get_num_threads()} threads"
+    title = f"measured: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys, {device}"
     verify_report.show(series, found, (before, after), title, console())
     by_series = {standing.series: standing for standing in found}
     answer = {
-        **report.header("verify", setting.arch),
-        "heads": setting.heads.name,
-        "page_size": setting.page_size,
-        "plans": setting.plan_source,
-        "overrides": dict(setting.overrides),
-        "seconds_a_case": setting.seconds,
+        **report.header("verify", arch),
+        **verify_report.settings(asked),
+        "seconds_a_case": seconds,
         "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},
         "results": [verify_report.result(one, by_series.get(one)) for one in series],
     }
@@ -160,19 +141,19 @@ def measure(setting: Setting, cases: Sequence[Case], places: Sequence[Path], plo
         picture(plot_path, title, best, found)
 
 
-def time_cases(setting: Setting, cases: Sequence[Case]) -> tuple[list[Series], Ceilings, Ceilings]:
+def time_cases(asked: Asked, arch: Arch, seconds: float) -> tuple[list[Series], Ceilings, Ceilings]:
     """All series, and the ceilings before and after them."""
-    dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in cases]))
+    dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in asked.cases]))
     series: list[Series] = []
     with report.progress_bar(console()) as bar:
-        task = bar.add_task("ceilings", total=len(cases))
-        before = ceilings.measure(setting.arch, dtypes)
-        for case in cases:
+        task = bar.add_task("ceilings", total=len(asked.cases))
+        before = ceilings.measure(arch, dtypes)
+        for case in asked.cases:
             bar.update(task, description=case.name)
-            series += measure_case(setting, case)
+            series += measure_case(asked, case, arch, seconds)
             bar.advance(task)
         bar.update(task, description="ceilings")
-        after = ceilings.measure(setting.arch, dtypes)
+        after = ceilings.measure(arch, dtypes)
     return series, before, after
 
 
@@ -202,32 +183,29 @@ def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -
     plots.draw(path, title, best, points, bars, plots.colours(list(ours), list(theirs)))
 
 
-def model(setting: ModelSetting, cases: Sequence[Case], json_path: Path | None) -> None:
+def model(asked: Asked, archs: Sequence[Arch], json_path: Path | None) -> None:
     """Predicts every case on every GPU, prints the answer and writes it."""
-    for arch in setting.archs:
-        require_overrides(setting.overrides, setting.heads, cases, setting.scores, arch)
+    for arch in archs:
+        plans.require_known(asked.overrides, asked.specs(), arch)
     if json_path is not None:
         report.require_writable(json_path, "--json")
-    found = predict_cases(setting, cases)
-    title = f"modelled: {setting.heads.name}, {cases[0].workload.kv_len} keys; no GPU was timed"
+    found = predict_cases(asked, archs)
+    title = f"modelled: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys; no GPU was timed"
     verify_report.show_modelled(found, title, console())
     if json_path is not None:
         answer = {
             "question": "verify",
             "label": "modelled",
-            "heads": setting.heads.name,
-            "page_size": setting.page_size,
-            "plans": setting.plan_source,
-            "overrides": dict(setting.overrides),
+            **verify_report.settings(asked),
             "results": [verify_report.modelled_result(one) for one in found],
         }
         report.write_json(json_path, answer)
 
 
-def predict_cases(setting: ModelSetting, cases: Sequence[Case]) -> list[Modelled]:
-    chosen = verify_modelled.choices(setting, cases)
+def predict_cases(asked: Asked, archs: Sequence[Arch]) -> list[Modelled]:
+    chosen = verify_modelled.choices(asked, archs)
     jobs = verify_modelled.compile_jobs(chosen)
-    outcomes = {}
+    outcomes: dict[CompileJob, Outcome] = {}
     with report.progress_bar(console()) as bar:
         task = bar.add_task("compiling", total=len(jobs))
         for job, outcome in verify_modelled.compiled(jobs):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from specattn_bench import peers
-from specattn_bench.plans import Chosen, Overrides, PlanSource, choose
+from specattn_bench.plans import Chosen, choose
 from specattn_bench.timing import Launch, in_turn, turns
-from specattn_bench.verify_series import Case, Series, spec_of
+from specattn_bench.verify_series import Asked, Case, Series
 from specattn_codegen import build
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
 from specattn_codegen.errors import SpecError
-from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Kernel
 from specattn_codegen.measure import host_timer, rotated, time_interleaved
 from specattn_codegen.problems import AttentionProblem, workload_problem
@@ -29,24 +27,11 @@ PROOF = Extent(keys=600, ragged=200, rows=8)  # the binary is the one that is ti
 SEED = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What is the same for all cases. seconds: of timing a case."""
-
-    heads: HeadConfig
-    arch: Arch
-    page_size: int
-    scores: tuple[str, ...]
-    plan_source: PlanSource
-    overrides: Overrides
-    seconds: float
-
-
-def measure_case(setting: Setting, case: Case) -> list[Series]:
-    """Every series of one case: ours, then the peers; those that cannot be timed say why."""
-    ours = [_built(setting, case, scores) for scores in setting.scores]
-    problem = _problem(setting, case)
-    count, turn = turns(problem.k_cache.nbytes + problem.v_cache.nbytes, setting.arch)
+def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[Series]:
+    """Every series of one case: ours, then the peers; those that cannot be timed say why. seconds: of timing."""
+    ours = [_built(asked, case, scores, arch) for scores in asked.scores]
+    problem = _problem(asked, case, arch)
+    count, turn = turns(problem.k_cache.nbytes + problem.v_cache.nbytes, arch)
     copies = rotated(problem, count)
     series: list[Series] = []
     launches: list[Callable[[], None]] = []
@@ -54,26 +39,26 @@ def measure_case(setting: Setting, case: Case) -> list[Series]:
         series.append(one)
         if kernel is not None:
             launches.append(in_turn(_launches(kernel, copies), turn))
-    for name, peer in peers.peer_launches(setting.heads, problem, setting.arch).items():
+    for name, peer in peers.peer_launches(asked.heads, problem, arch).items():
         series.append(Series(case=case, name=name, kind="peer", scored=name == peers.WITH_SCORES))
         launches.append(peer)
     with torch.inference_mode():
-        timings = iter(time_interleaved(launches, seconds=setting.seconds, timer=host_timer))
+        timings = iter(time_interleaved(launches, seconds=seconds, timer=host_timer))
     return [one if one.refused else dataclasses.replace(one, timing=next(timings)) for one in series]
 
 
-def _built(setting: Setting, case: Case, scores: str) -> tuple[Series, Kernel | None]:
+def _built(asked: Asked, case: Case, scores: str, arch: Arch) -> tuple[Series, Kernel | None]:
     """A series of ours and its kernel, proved; no kernel where the backend does not serve it, or serves it wrongly."""
-    spec = spec_of(setting.heads, case, scores)
+    spec = asked.spec(case, scores)
     series = Series(case=case, name=scores, kind="ours", scored=spec.score is not None)
     try:
-        choose(spec, case.workload, setting.arch, "default", {})
+        choose(spec, case.workload, arch, "default", {})
     except SpecError as error:
         return dataclasses.replace(series, refused=f"not served: {error}"), None
-    chosen = choose(spec, case.workload, setting.arch, setting.plan_source, setting.overrides)
+    chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
     series = dataclasses.replace(series, chosen=chosen)
-    kernel = load(spec, chosen, setting.arch)
-    verdict = prove(kernel, workload=case.workload, page_size=setting.page_size, seed=SEED, device="cpu", extent=PROOF)
+    kernel = load(spec, chosen, arch)
+    verdict = prove(kernel, workload=case.workload, page_size=asked.page_size, seed=SEED, device="cpu", extent=PROOF)
     if not verdict.passed:
         return dataclasses.replace(series, refused=f"not served: wrong results, {verdict.detail}"), None
     return series, kernel
@@ -83,14 +68,14 @@ def load(spec: KernelSpec, chosen: Chosen, arch: Arch) -> Kernel:
     return build.load(render(spec, chosen.plan, build.target_for(chosen.plan, arch)))
 
 
-def _problem(setting: Setting, case: Case) -> AttentionProblem:
+def _problem(asked: Asked, case: Case, arch: Arch) -> AttentionProblem:
     """Requests over shuffled pages, with the rows' own log-sum-exps as references, which is what drafting leaves."""
-    spec = spec_of(setting.heads, case, "none")
-    problem = workload_problem(spec, case.workload, page_size=setting.page_size, seed=SEED)
+    spec = asked.spec(case, "none")
+    problem = workload_problem(spec, case.workload, page_size=asked.page_size, seed=SEED)
     problem = dataclasses.replace(problem, max_kv=case.workload.kv_len)
-    chosen = choose(spec, case.workload, setting.arch, "default", {})
+    chosen = choose(spec, case.workload, arch, "default", {})
     call = problem_call(spec, problem)
-    launch(load(spec, chosen, setting.arch), call, "cpu")
+    launch(load(spec, chosen, arch), call, "cpu")
     return dataclasses.replace(problem, lse_ref=call.lse)
 
 

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from specattn_bench.plans import Chosen, Overrides, PlanSource, choose
-from specattn_bench.verify_series import Case, spec_of
+from specattn_bench.plans import Chosen, choose
+from specattn_bench.verify_series import Asked, Case
 from specattn_codegen import cost_model, cpu_info
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import Prediction
 from specattn_codegen.errors import SpecError
-from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import CompileJob
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.spec import KernelSpec
@@ -21,18 +20,6 @@ from specattn_codegen.worker import WorkerPool
 
 COMPILE_SECONDS = 120.0
 COMPILER = {"TRITON_INTERPRET": None}  # what the workers' environment must not have
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSetting:
-    """What is the same for all cases."""
-
-    heads: HeadConfig
-    archs: tuple[Arch, ...]
-    page_size: int
-    scores: tuple[str, ...]
-    plan_source: PlanSource
-    overrides: Overrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,21 +36,19 @@ class Modelled:
     refused: str = ""
 
 
-def choices(setting: ModelSetting, cases: Sequence[Case]) -> list[Modelled]:
+def choices(asked: Asked, archs: Sequence[Arch]) -> list[Modelled]:
     """The plan of every kernel and size, or why the GPU does not serve it. Raises SpecError for bad overrides."""
-    return [
-        _chosen(setting, arch, case, scores) for arch in setting.archs for scores in setting.scores for case in cases
-    ]
+    return [_chosen(asked, arch, case, scores) for arch in archs for scores in asked.scores for case in asked.cases]
 
 
-def _chosen(setting: ModelSetting, arch: Arch, case: Case, scores: str) -> Modelled:
-    spec = spec_of(setting.heads, case, scores, setting.page_size)
+def _chosen(asked: Asked, arch: Arch, case: Case, scores: str) -> Modelled:
+    spec = asked.spec(case, scores, page_size=asked.page_size)
     modelled = Modelled(arch=arch, case=case, scores=scores, spec=spec)
     try:
         choose(spec, case.workload, arch, "default", {})
     except SpecError as error:
         return dataclasses.replace(modelled, refused=f"not served: {error}")
-    chosen = choose(spec, case.workload, arch, setting.plan_source, setting.overrides)
+    chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
     return dataclasses.replace(modelled, chosen=chosen, resources=chosen.resources)
 
 

@@ -12,7 +12,7 @@ from specattn_bench import ceilings
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.plans import Chosen
 from specattn_bench.verify_modelled import Modelled
-from specattn_bench.verify_series import Case, Series
+from specattn_bench.verify_series import Asked, Case, Series
 from specattn_bench.verify_standing import Standing
 from specattn_codegen.cli.progress import microseconds
 
@@ -30,6 +30,16 @@ MODELLED_LEGEND = (
     "modelled: compiled for the GPU, which is not here, and predicted by the cost model; nothing was timed.",
     "plan: how it was found. of floor: the longer of bytes and operations at the data sheet's rates, over the time.",
 )
+
+
+def settings(asked: Asked) -> dict[str, object]:
+    """What was asked, for the JSON's head."""
+    return {
+        "heads": asked.heads.name,
+        "page_size": asked.page_size,
+        "plans": asked.plan_source,
+        "overrides": dict(asked.overrides),
+    }
 
 
 def _named(case: Case, chosen: Chosen | None) -> dict[str, object]:
@@ -136,9 +146,10 @@ def _ceilings_line(before: Ceilings, after: Ceilings) -> str:
 
 def _cells(standing: Standing) -> tuple[str, ...]:
     timing = standing.timing
+    scale, unit = (1e3, "ms") if timing.median_us >= 1e3 else (1.0, "us")
     return (
-        f"{timing.median_us / 1e3:.2f} ms",
-        f"{timing.p20_us / 1e3:.2f}-{timing.p80_us / 1e3:.2f}",
+        f"{timing.median_us / scale:.2f} {unit}",
+        f"{timing.p20_us / scale:.2f}-{timing.p80_us / scale:.2f}",
         f"{standing.cache_gbs:.1f}",
         f"{standing.share_of_read:.0%}",
         f"{standing.share_of_floor:.0%}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from specattn_bench.plans import Chosen
+from specattn_bench.plans import Chosen, Overrides, PlanSource
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Timing
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreSpec, Workload
@@ -36,6 +36,27 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is the same for all cases. scores: names of SCORES."""
+
+    heads: HeadConfig
+    cases: tuple[Case, ...]
+    scores: tuple[str, ...]
+    page_size: int
+    plan_source: PlanSource
+    overrides: Overrides
+
+    def spec(self, case: Case, scores: str, *, page_size: int = 0) -> KernelSpec:
+        """The kernel of one of SCORES; page_size only where a kernel is specialised to it."""
+        return KernelSpec(
+            op="verify_attention", heads=self.heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores]
+        )
+
+    def specs(self) -> list[KernelSpec]:
+        return [self.spec(case, scores) for case in self.cases for scores in self.scores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
     """One way to do the case's work. refused says why it was not timed; timing is None exactly then.
 
@@ -54,8 +75,3 @@ class Series:
     @property
     def label(self) -> str:
         return self.name if self.kind == "peer" else f"ours, scores {self.name}"
-
-
-def spec_of(heads: HeadConfig, case: Case, scores: str, page_size: int = 0) -> KernelSpec:
-    """The kernel of one of SCORES; page_size only where a kernel is specialised to it."""
-    return KernelSpec(op="verify_attention", heads=heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores])

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from specattn_bench import peers
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.roofline import Floor, cache_bytes, floor_of, method_work
-from specattn_bench.verify_series import Series, spec_of
+from specattn_bench.verify_series import Asked, Series
 from specattn_codegen.cost_model.floor import Work, least_work
-from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Timing
 
 
@@ -51,20 +50,20 @@ class Standing:
         return self.work.operations / self.work.memory_bytes
 
 
-def standings(series: Sequence[Series], heads: HeadConfig, ceilings: Ceilings) -> list[Standing]:
+def standings(series: Sequence[Series], asked: Asked, ceilings: Ceilings) -> list[Standing]:
     """One for every timed series, in their order."""
     timed = [(one, one.timing) for one in series if one.timing is not None]
-    return [_standing(one, timing, timed, heads, ceilings) for one, timing in timed]
+    return [_standing(one, timing, timed, asked, ceilings) for one, timing in timed]
 
 
 def _standing(
-    series: Series, timing: Timing, timed: Sequence[tuple[Series, Timing]], heads: HeadConfig, ceilings: Ceilings
+    series: Series, timing: Timing, timed: Sequence[tuple[Series, Timing]], asked: Asked, ceilings: Ceilings
 ) -> Standing:
     same = [(other, t.median_us) for other, t in timed if other.case == series.case]
     ours = {other.name: median for other, median in same if other.kind == "ours"}
     theirs = {other.name: median for other, median in same if other.kind == "peer"}
     case, median = series.case, timing.median_us
-    spec = spec_of(heads, case, series.name if series.kind == "ours" else "none")
+    spec = asked.spec(case, series.name if series.kind == "ours" else "none")
     work = least_work(spec, case.workload)
     floor = floor_of(work, case.dtype, ceilings)
     rate = cache_bytes(spec, case.workload) / median / 1e3
