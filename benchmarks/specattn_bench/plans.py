@@ -29,6 +29,10 @@ class Chosen:
     resources: tuple[Resources, ...]
 
 
+class NotServedError(SpecError):
+    """A kernel that a backend does not make, whatever the plan."""
+
+
 def parse_overrides(settings: Sequence[str]) -> dict[str, Setting]:
     """`key_tile=64` -> {"key_tile": 64}. Raises SpecError."""
     overrides: dict[str, Setting] = {}
@@ -52,8 +56,9 @@ def require_known(overrides: Overrides, specs: Sequence[KernelSpec], arch: Arch)
 def choose(spec: KernelSpec, workload: Workload, arch: Arch, source: PlanSource, overrides: Overrides) -> Chosen:
     """As dispatch chooses: a pack's entry for this size or the nearest, else the default plan; then the overrides.
 
-    Raises SpecError where the overrides make a plan that cannot be built, and where the backend does not serve `spec`.
+    Raises NotServedError where the backend has no plan for `spec` at all, SpecError where the overrides make a bad one.
     """
+    _require_served(spec, arch)
     found = pack.lookup(spec, workload, arch, paths.pack_layers()) if source == "tuned" else None
     if found is not None:
         chosen = Chosen(plan=found.plan, found=found.rung, resources=found.entry.resources)
@@ -68,3 +73,13 @@ def choose(spec: KernelSpec, workload: Workload, arch: Arch, source: PlanSource,
     if reason is not None:
         raise SpecError(f"{spec.name}: {reason}")
     return chosen
+
+
+def _require_served(spec: KernelSpec, arch: Arch) -> None:
+    try:
+        plan = space.default_plan(spec, arch, space.backends_for(arch)[0])
+    except SpecError as error:
+        raise NotServedError(str(error)) from error
+    reason = space.why_invalid(plan, spec, arch)
+    if reason is not None:
+        raise NotServedError(reason)

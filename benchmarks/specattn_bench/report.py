@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,9 @@ def processor(arch: Arch) -> str:
     return arch.source.removeprefix(PROCESSOR)
 
 
-def device_slug(arch: Arch) -> str:
-    """A folder's name for this machine's CPU, as in `cpu-intel-xeon-processor`."""
-    words = re.sub(r"\([^)]*\)|@.*", " ", processor(arch).lower())
+def slug(processor: str) -> str:
+    """A folder's name for a CPU, as in `cpu-intel-xeon-processor`."""
+    words = re.sub(r"\([^)]*\)|@.*", " ", processor.removeprefix(PROCESSOR).lower())
     return "-".join(["cpu", *re.findall(r"[a-z0-9]+", words)])
 
 
@@ -34,11 +35,16 @@ def saved_path(arch: Arch, question: str) -> Path:
     """benchmarks/results/<device>/<question>.json of a checkout. Raises SpecError where there is no checkout."""
     if BENCHMARKS.name != "benchmarks" or not (BENCHMARKS.parent / "pyproject.toml").is_file():
         raise SpecError("--save: results are kept in a checkout's benchmarks/results; use --json PATH here")
-    return BENCHMARKS / "results" / device_slug(arch) / f"{question}.json"
+    return BENCHMARKS / "results" / slug(processor(arch)) / f"{question}.json"
 
 
-def header(question: str, arch: Arch) -> dict[str, object]:
-    """Where the numbers of a report come from."""
+def load_average() -> float:
+    """Processes that wanted a core over the last minute; ask before a run, which adds its own."""
+    return round(os.getloadavg()[0], 2)
+
+
+def header(question: str, arch: Arch, load: float) -> dict[str, object]:
+    """Where the numbers of a report come from. load: the machine's before the run."""
     return {
         "question": question,
         "label": "measured",
@@ -47,6 +53,7 @@ def header(question: str, arch: Arch) -> dict[str, object]:
         "cores": arch.num_sms,
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": arch.l2_bytes,
+        "load_average_before": load,
         "environment": to_plain(environment.current("cpu", environment.device_name(arch))),
     }
 

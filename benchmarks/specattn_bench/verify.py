@@ -11,7 +11,7 @@ import torch
 
 from specattn_bench import ceilings, options, plans, plots, report, verify_modelled, verify_report
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.verify_measured import measure_case
+from specattn_bench.verify_measured import measure_case, require_plans
 from specattn_bench.verify_modelled import Modelled
 from specattn_bench.verify_series import SCORES, Asked, Case, Series
 from specattn_bench.verify_standing import Standing, standings
@@ -50,6 +50,7 @@ Examples:
   specattn-bench verify --plan key_tile=64 --plan split_keys=2048 --json trial.json --plot trial.png
   specattn-bench verify --gpu h100 --gpu a100
 """
+BUSY = 0.7  # load average before a run above which its times are not to be believed
 
 
 @click.command("verify", help=HELP, short_help="Verification attention, with and without scores.")
@@ -120,16 +121,19 @@ def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[i
 
 def measure(asked: Asked, arch: Arch, seconds: float, places: Sequence[Path], plot_path: Path | None) -> None:
     """Times every case, prints the answer, writes it to `places` and draws it."""
-    plans.require_known(asked.overrides, asked.specs(), arch)
+    require_plans(asked, arch)
+    load = report.load_average()
     series, before, after = time_cases(asked, arch, seconds)
     best = ceilings.best(before, after)
     found = standings(series, asked, best)
     device = f"{report.processor(arch)} ({arch.target}), {torch.get_num_threads()} threads"
     title = f"measured: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys, {device}"
     verify_report.show(series, found, (before, after), title, console())
+    if load > BUSY:
+        console().print(f"the machine was busy before the run (load average {load}): repeat it when it is idle")
     by_series = {standing.series: standing for standing in found}
     answer = {
-        **report.header("verify", arch),
+        **report.header("verify", arch, load),
         **verify_report.settings(asked),
         "seconds_a_case": seconds,
         "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -9,13 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from specattn_bench import peers
-from specattn_bench.plans import Chosen, choose
+from specattn_bench.plans import Chosen, NotServedError, choose, require_known
 from specattn_bench.timing import Launch, in_turn, turns
 from specattn_bench.verify_series import Asked, Case, Series
 from specattn_codegen import build
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
-from specattn_codegen.errors import SpecError
 from specattn_codegen.kernel import Kernel
 from specattn_codegen.measure import host_timer, rotated, time_interleaved
 from specattn_codegen.problems import AttentionProblem, workload_problem
@@ -52,16 +52,24 @@ def _built(asked: Asked, case: Case, scores: str, arch: Arch) -> tuple[Series, K
     spec = asked.spec(case, scores)
     series = Series(case=case, name=scores, kind="ours", scored=spec.score is not None)
     try:
-        choose(spec, case.workload, arch, "default", {})
-    except SpecError as error:
+        chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
+    except NotServedError as error:
         return dataclasses.replace(series, refused=f"not served: {error}"), None
-    chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
     series = dataclasses.replace(series, chosen=chosen)
     kernel = load(spec, chosen, arch)
     verdict = prove(kernel, workload=case.workload, page_size=asked.page_size, seed=SEED, device="cpu", extent=PROOF)
     if not verdict.passed:
         return dataclasses.replace(series, refused=f"not served: wrong results, {verdict.detail}"), None
     return series, kernel
+
+
+def require_plans(asked: Asked, arch: Arch) -> None:
+    """Raises SpecError for overrides that no kernel of a case could have, before anything is timed."""
+    require_known(asked.overrides, asked.specs(), arch)
+    for case in asked.cases:
+        for scores in asked.scores:
+            with contextlib.suppress(NotServedError):
+                choose(asked.spec(case, scores), case.workload, arch, asked.plan_source, asked.overrides)
 
 
 def load(spec: KernelSpec, chosen: Chosen, arch: Arch) -> Kernel:

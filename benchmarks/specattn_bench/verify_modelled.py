@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from specattn_bench.plans import Chosen, choose
+from specattn_bench.plans import Chosen, NotServedError, choose
 from specattn_bench.verify_series import Asked, Case
 from specattn_codegen import cost_model, cpu_info
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import Prediction
-from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import CompileJob
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.spec import KernelSpec
@@ -45,10 +44,9 @@ def _chosen(asked: Asked, arch: Arch, case: Case, scores: str) -> Modelled:
     spec = asked.spec(case, scores, page_size=asked.page_size)
     modelled = Modelled(arch=arch, case=case, scores=scores, spec=spec)
     try:
-        choose(spec, case.workload, arch, "default", {})
-    except SpecError as error:
+        chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
+    except NotServedError as error:
         return dataclasses.replace(modelled, refused=f"not served: {error}")
-    chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
     return dataclasses.replace(modelled, chosen=chosen, resources=chosen.resources)
 
 
