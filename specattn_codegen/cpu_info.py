@@ -19,16 +19,17 @@ from specattn_codegen.digest import digest
 from specattn_codegen.render import render_text
 
 # What each target's compiler flags need of the processor, widest first.
-_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"}
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}
 NEEDS = {
     "amx-bf16": {"amx_tile", "amx_bf16", "avx512_bf16", *_AVX512},
+    "avx512-bf16": {"avx512_bf16", *_AVX512},
     "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "generic": set[str](),
 }
 DEFAULT_LAST_LEVEL_CACHE = 32 << 20  # where the kernel does not say
 REPEATS = 5
-RATES = ("bandwidth_gbs", "fp32_tflops")
+RATES = ("bandwidth_gbs", "fp32_tflops", "bf16_tflops")
 
 
 @functools.cache
@@ -86,9 +87,11 @@ def memory_bytes() -> int:
 
 def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
     """bandwidth_gbs: best of several read patterns over four times the last-level cache (at most a quarter of the
-    memory); fp32_tflops: the multiply-add rate. All threads; best of several repeats, since these are ceilings."""
+    memory); fp32_tflops and bf16_tflops: the multiply-add rates. All threads; best of several repeats, since these are
+    ceilings."""
     library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=target), target, "the machine probe")
-    library.read_seconds.restype = library.multiply_add_seconds.restype = ctypes.c_double
+    for function in (library.read_seconds, library.multiply_add_seconds, library.bf16_seconds):
+        function.restype = ctypes.c_double
     count = min(4 * cache_bytes, memory_bytes() // 4) // 4
     data, sink = torch.ones(count), torch.empty(threads)
     pointer, sink_pointer = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(sink.data_ptr())
@@ -98,10 +101,14 @@ def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, floa
         for pattern in range(library.patterns())
     )
     steps = 2_000_000
-    compute = min(library.multiply_add_seconds(ctypes.c_int64(steps), threads, sink_pointer) for _ in range(REPEATS))
+    fp32, bf16 = (
+        min(run(ctypes.c_int64(steps), threads, sink_pointer) for _ in range(REPEATS))
+        for run in (library.multiply_add_seconds, library.bf16_seconds)
+    )
     return {
         "bandwidth_gbs": round(4 * count / read / 1e9, 2),
-        "fp32_tflops": round(library.flops_per_step() * steps * threads / compute / 1e12, 4),
+        "fp32_tflops": round(library.flops_per_step() * steps * threads / fp32 / 1e12, 4),
+        "bf16_tflops": round(library.bf16_flops_per_step() * steps * threads / bf16 / 1e12, 4),
     }
 
 
@@ -150,7 +157,7 @@ def detect(*, measure: bool = True, refresh: bool = False) -> Arch:
         l2_bytes=cache,
         memory_bytes=memory_bytes(),
         bandwidth_gbs=rates["bandwidth_gbs"],
-        bf16_tflops=rates["fp32_tflops"],
+        bf16_tflops=rates["bf16_tflops"],
         fp32_tflops=rates["fp32_tflops"],
         clock_ghz=float(_cpuinfo().get("cpu MHz", 0.0)) / 1e3,
         source=f"this machine: {_cpuinfo().get('model name', platform.machine())}",

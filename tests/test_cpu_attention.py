@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Setting
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import render
-from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreRows, ScoreSpec
+from specattn_codegen.space import cpu as space_cpu
+from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreRows, ScoreSpec
 
 TARGETS = [target for target, needs in cpu_info.NEEDS.items() if needs <= cpu_info.NEEDS[cpu_info.instruction_set()]]
 SMALL = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
@@ -59,12 +63,83 @@ def test_sparse_attention_equals_the_oracle(shape: tuple[int, int, int], dtype: 
         assert result.passed, (kv_lens, budget, result.detail)
 
 
-@pytest.mark.parametrize("rows", ["all", "ends", "last"])
-@pytest.mark.parametrize("heads", ["kv_head", "layer"])
-def test_every_score_definition(rows: ScoreRows, heads: ScoreHeads) -> None:
-    kernel = kernel_for(verify_spec(SMALL, "float32", ScoreSpec(rows=rows, heads=heads)))
-    problem = attention_problem(kernel.spec, q_lens=[3, 1, 6], kv_lens=[900, 33, 6], page_size=7, seed=3)
-    assert verdict(kernel, problem).passed
+SCORES = [
+    *(ScoreSpec(rows=rows, heads=heads) for rows in get_args(ScoreRows) for heads in get_args(ScoreHeads)),
+    *(ScoreSpec(rows=rows, value="logit", granularity="page_max") for rows in get_args(ScoreRows)),
+    ScoreSpec(value="logit", heads="layer"),
+    ScoreSpec(rows="ends", heads="layer", granularity="page_mean", histogram=True),
+    ScoreSpec(granularity="page_max", histogram=True),
+    ScoreSpec(normaliser="reference"),
+    ScoreSpec(normaliser="reference", rows="last", heads="layer", histogram=True),
+    ScoreSpec(normaliser="reference", rows="ends", granularity="page_mean"),
+    ScoreSpec(normaliser="reference", heads="layer", granularity="page_max", histogram=True),
+]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: score.name)
+def test_every_score_definition(score: ScoreSpec, windowed: bool) -> None:
+    """With a window, rows of one request see different prefix keys, and the oldest are seen by none."""
+    heads = dataclasses.replace(SMALL, window=50, softcap=4.0) if windowed else SMALL
+    kernel = kernel_for(verify_spec(heads, "float32", score))
+    problem = attention_problem(kernel.spec, q_lens=[3, 1, 6, 2], kv_lens=[900, 33, 6, 0], page_size=7, seed=3)
+    result = verdict(kernel, problem)
+    assert result.passed, result.detail
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+@pytest.mark.parametrize("target", TARGETS)
+def test_8_bit_caches_with_scales_on_every_instruction_set(target: str, kv_dtype: KvDtype) -> None:
+    heads = HeadConfig(num_q_heads=15, num_kv_heads=3, head_dim=40, v_head_dim=72, softcap=20.0)
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        verify = KernelSpec(op="verify_attention", heads=heads, dtype=dtype, kv_dtype=kv_dtype, score=ScoreSpec())
+        sparse = KernelSpec(op="sparse_attention", heads=heads, dtype=dtype, kv_dtype=kv_dtype, selection="kv_head")
+        for spec in (verify, sparse):
+            kernel = kernel_for(spec, target)
+            problem = attention_problem(
+                spec, q_lens=[5, 1, 2], kv_lens=[600, 17, 0], page_size=16, seed=1, budget=40, layout="hnd"
+            )
+            result = verdict(kernel, problem)
+            assert result.passed, (spec.name, result.detail)
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+def test_every_8_bit_code_is_decoded_exactly(kv_dtype: KvDtype) -> None:
+    """One key whose value is a code: its weight is 1, so out is the code itself, times the scale. NaN stays NaN."""
+    heads = HeadConfig(num_q_heads=1, num_kv_heads=1, head_dim=1, v_head_dim=256)
+    codes = torch.arange(256, dtype=torch.uint8)
+    for target in TARGETS:
+        spec = KernelSpec(op="verify_attention", heads=heads, kv_dtype=kv_dtype)
+        kernel = kernel_for(spec, target)
+        problem = attention_problem(spec, q_lens=[1], kv_lens=[1], page_size=1, seed=0)
+        assert problem.v_scale is not None
+        problem.v_cache[int(problem.page_table[0, 0]), 0, 0] = codes.view(problem.v_cache.dtype)
+        expected = codes.view(problem.v_cache.dtype).float() * problem.v_scale
+        torch.testing.assert_close(run(kernel, problem).out[0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_reference_that_is_the_log_sum_exp_gives_the_exact_scores() -> None:
+    exact, reference = (kernel_for(verify_spec(SMALL, score=ScoreSpec(normaliser=n))) for n in ("exact", "reference"))
+    problem = attention_problem(exact.spec, q_lens=[4, 1], kv_lens=[1300, 77], page_size=16, seed=8)
+    one = run(exact, problem)
+    other = run(reference, dataclasses.replace(problem, lse_ref=one.lse))
+    torch.testing.assert_close(other.scores, one.scores, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert torch.equal(other.out, one.out)
+
+
+@pytest.mark.parametrize("reference", [-1e30, -200.0, 200.0, 1e30, math.inf, -math.inf, math.nan])
+def test_scores_stay_finite_whatever_the_reference(reference: float) -> None:
+    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec(normaliser="reference", histogram=True)))
+    problem = attention_problem(kernel.spec, q_lens=[2], kv_lens=[500], page_size=16, seed=8)
+    call = run(kernel, dataclasses.replace(problem, lse_ref=torch.full((2, 8), reference)))
+    assert call.scores is not None
+    assert call.histogram is not None
+    prefix = call.scores[0, :, :498]
+    assert prefix.isfinite().all()
+    assert (prefix >= 0).all()
+    assert (prefix > 0).any() == (-math.inf < reference < 100)
+    assert (call.histogram.sum(-1) == 498).all()
 
 
 ODD_HEADS = {
@@ -100,23 +175,53 @@ def test_every_instruction_set_this_processor_runs(target: str, dtype: Dtype) ->
 
 PLANS: list[dict[str, Setting]] = [
     {"product": "fma", "key_tile": 16, "split_keys": 256, "prefetch": "none", "score_dump": "float32"},
-    {"product": "fma", "key_tile": 128, "split_keys": 4096, "heads_per_task": "all", "score_dump": "float16"},
-    {"product": "amx", "key_tile": 32, "split_keys": 512, "heads_per_task": "all", "score_dump": "bfloat16"},
+    {"product": "fma", "key_tile": 128, "split_keys": 4096, "heads_per_task": "one", "score_dump": "float16"},
+    {"product": "bf16", "key_tile": 32, "split_keys": 512, "heads_per_task": "one", "score_dump": "bfloat16"},
+    {"product": "bf16", "key_tile": 64, "split_keys": 4096, "prefetch": "none", "score_dump": "bfloat16"},
+    {"product": "amx", "key_tile": 32, "split_keys": 512, "heads_per_task": "one", "score_dump": "bfloat16"},
     {"product": "amx", "key_tile": 128, "split_keys": 4096, "prefetch": "none", "score_dump": "bfloat16"},
 ]
+
+
+def skip_unless_multiplied(product: Setting) -> None:
+    targets = space_cpu.PRODUCT_TARGETS.get(str(product), tuple(TARGETS))
+    if not set(targets) & set(TARGETS):
+        pytest.skip(f"this processor has no instructions for product={product}")
 
 
 @pytest.mark.parametrize("changes", PLANS, ids=lambda changes: f"{changes['product']}-{changes['key_tile']}")
 @pytest.mark.parametrize("rows", [1, 5, 17])
 def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting], rows: int) -> None:
     """17 rows of a group of 5: more than four tiles of 16 packed rows."""
-    if changes["product"] == "amx" and "amx-bf16" not in TARGETS:
-        pytest.skip("this processor has no AMX tiles")
+    skip_unless_multiplied(changes["product"])
     heads = HeadConfig(num_q_heads=10, num_kv_heads=2, head_dim=64, v_head_dim=48)
     kernel = kernel_for(verify_spec(heads, "bfloat16", ScoreSpec()), changes=changes)
     problem = attention_problem(kernel.spec, q_lens=[rows, 2], kv_lens=[2500, 300], page_size=16, seed=2)
     result = verdict(kernel, problem)
     assert result.passed, result.detail
+
+
+def emulated_amx_kernel(spec: KernelSpec) -> cpu.CpuKernel:
+    """The tile engine with its AMX instructions in plain C++; the rest of it needs AVX512_BF16."""
+    arch = dataclasses.replace(cpu_info.detect(measure=False), target="amx-bf16")
+    source = render(spec, space.default_plan(spec, arch, "cpu"), arch.target)
+    emulation = (Path(__file__).parent / "emulation" / "amx.h").read_text()
+    include = "#include <immintrin.h>\n"
+    assert source.text.count(include) == 1
+    text = source.text.replace(include, include + emulation)
+    return cpu.load(dataclasses.replace(source, text=text, target="avx512-bf16"))
+
+
+@pytest.mark.skipif("avx512-bf16" not in TARGETS, reason="this processor has no AVX512_BF16")
+@pytest.mark.parametrize("name", ["plain", "all of them, Dv != D"])
+def test_the_tile_engine_on_emulated_amx(name: str) -> None:
+    heads = {"plain": SMALL, **ODD_HEADS}[name]
+    for score in (ScoreSpec(), ScoreSpec(normaliser="reference"), ScoreSpec(value="logit", heads="layer")):
+        kernel = emulated_amx_kernel(verify_spec(heads, "bfloat16", score))
+        for q_lens, kv_lens, page_size in RAGGED[1:]:
+            problem = attention_problem(kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=5)
+            result = verdict(kernel, problem)
+            assert result.passed, (score, result.detail)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd", "interleaved"])

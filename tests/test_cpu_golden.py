@@ -22,6 +22,15 @@ CASES: dict[str, tuple[KernelSpec, str]] = {
         KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", score=VEGAS),
         "amx-bf16",
     ),
+    "verify_attention_reference_avx512_bf16": (
+        KernelSpec(
+            op="verify_attention",
+            heads=HEADS,
+            dtype="bfloat16",
+            score=ScoreSpec(normaliser="reference", histogram=True),
+        ),
+        "avx512-bf16",
+    ),
     "sparse_attention_avx2": (
         KernelSpec(op="sparse_attention", heads=HEADS, dtype="float16", selection="kv_head"),
         "avx2",
@@ -32,7 +41,7 @@ CASES: dict[str, tuple[KernelSpec, str]] = {
 
 def rendered(name: str) -> str:
     spec, target = CASES[name]
-    arch = dataclasses.replace(cpu_info.detect(measure=False), target=target)
+    arch = dataclasses.replace(cpu_info.detect(measure=False), target=target, num_sms=4)
     return render(spec, space.default_plan(spec, arch, "cpu"), target).text
 
 

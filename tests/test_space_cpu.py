@@ -45,9 +45,9 @@ def test_every_rule_says_why() -> None:
     spec, here = SPECS[2], arch("avx512")  # bfloat16 verification with scores
     plan = space.default_plan(spec, here, "cpu")
     broken = {
-        "AMX tiles": plan.replace(product="amx", score_dump="bfloat16"),
+        "needs amx-bf16": plan.replace(product="amx", score_dump="bfloat16"),
         "not one of": plan.replace(key_tile=48),
-        "AMX leaves": plan.replace(score_dump="bfloat16"),
+        "others in bfloat16": plan.replace(score_dump="bfloat16"),
         "this space has": Plan.of("cpu", key_tile=32),
         "does not run on cpu": Plan.of("triton", block_n=32),
     }
@@ -63,7 +63,7 @@ def test_rates_are_measured_once_and_a_damaged_file_is_measured_again(
 
     def measured(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
         calls.append(f"{target} {threads} {cache_bytes}")
-        return {"bandwidth_gbs": 12.5, "fp32_tflops": 0.25}
+        return {"bandwidth_gbs": 12.5, "fp32_tflops": 0.25, "bf16_tflops": 0.5}
 
     monkeypatch.setattr(cpu_info, "measure_rates", measured)
     for _ in range(2):
@@ -76,7 +76,9 @@ def test_rates_are_measured_once_and_a_damaged_file_is_measured_again(
         cpu_info.detect.cache_clear()
         assert cpu_info.detect().fp32_tflops == 0.25
     assert len(calls) == 5
-    monkeypatch.setattr(cpu_info, "measure_rates", lambda *_: {"bandwidth_gbs": 20.0, "fp32_tflops": 0.125})
+    monkeypatch.setattr(
+        cpu_info, "measure_rates", lambda *_: {"bandwidth_gbs": 20.0, "fp32_tflops": 0.125, "bf16_tflops": 0.25}
+    )
     best = cpu_info.detect(refresh=True)
     assert (best.bandwidth_gbs, best.fp32_tflops) == (20.0, 0.25)  # ceilings: the best of every measurement
     cpu_info.detect.cache_clear()
@@ -98,3 +100,4 @@ def test_the_probe_measures_something_plausible() -> None:
     rates = cpu_info.measure_rates(cpu_info.instruction_set(), 1, 1 << 20)
     assert 0.5 < rates["bandwidth_gbs"] < 2000
     assert 0.001 < rates["fp32_tflops"] < 20
+    assert 0.001 < rates["bf16_tflops"] < 200

@@ -18,7 +18,7 @@ from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
-from specattn_codegen.policy import TopK
+from specattn_codegen.policy import Policy, Threshold, TopP
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
@@ -37,6 +37,7 @@ FLAGS = (
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGET_FLAGS = {
     "amx-bf16": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16", *_AVX512),
+    "avx512-bf16": ("-mavx512bf16", *_AVX512),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "generic": (),
@@ -117,17 +118,34 @@ class _AttentionArguments(ctypes.Structure):
     )
 
 
+class _Strides(ctypes.Structure):
+    """Of the leading axes layer, request and row, in elements."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("layer", "request", "row"))
+
+
 class _SelectArguments(ctypes.Structure):
     """Mirrors `struct Arguments` of templates/cpu/select_kv.cpp.jinja, field for field."""
 
+    _POINTERS = (
+        *("scores", "thresholds", "histogram", "prefix_lens", "page_table", "indices", "counts", "slots"),
+        "workspace",
+    )
+    _STRIDED = ("scores", "thresholds", "histogram", "indices", "counts", "slots")
+    _LARGE = (
+        *("table_request", "policy", "fixed_k", "ratio_ppm", "min_keys", "max_keys"),
+        *("sink", "recent", "block"),
+    )
+    _SIZES = (
+        *("layers", "batch", "rows", "columns", "width", "bisection_steps", "pages", "slots_per_page", "slot_bytes"),
+        "threads",
+    )
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scores", "prefix_lens", "indices", "counts", "workspace")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("score_request", "score_row", "index_request", "index_row", "count_request")
-        ),
-        *((name, ctypes.c_int64) for name in ("fixed_k", "ratio_ppm", "min_k", "max_k")),
-        *((name, ctypes.c_int32) for name in ("batch", "rows", "columns", "width", "sink", "recent", "threads")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((f"{name}_strides", _Strides) for name in _STRIDED),
+        *((name, ctypes.c_int64) for name in _LARGE),
+        *(("share", ctypes.c_double), ("threshold", ctypes.c_float)),
+        *((name, ctypes.c_int32) for name in _SIZES),
     )
 
 
@@ -153,22 +171,46 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
 
 
 NO_MAXIMUM = 2**62
+TOP_K, TOP_P, THRESHOLD = range(3)
+
+
+def _policy_arguments(policy: Policy) -> dict[str, int | float]:
+    if isinstance(policy, Threshold):
+        value = 0.0 if isinstance(policy.value, torch.Tensor) else policy.value
+        return {"policy": THRESHOLD, "max_keys": NO_MAXIMUM, "threshold": value}
+    bounds = {"min_keys": policy.min, "max_keys": NO_MAXIMUM if policy.max is None else policy.max}
+    if isinstance(policy, TopP):
+        return {"policy": TOP_P, "share": policy.p, "bisection_steps": policy.bisection_steps or 0, **bounds}
+    return {"policy": TOP_K, "fixed_k": policy.k or 0, "ratio_ppm": policy.ratio_ppm, **bounds}
 
 
 def _select_arguments(call: SelectCall) -> _SelectArguments:
-    policy = call.policy
-    if not isinstance(policy, TopK) or call.scores.dim() > 3 or call.block > 1 or call.slots is not None:
-        raise SpecError(f"{policy}: this kernel serves TopK of single keys and one layer")
-    return _SelectArguments(
-        *(_address(t) for t in (call.scores, call.prefix_lens, call.indices, call.counts)),
-        None,
-        *call.scores.stride()[:2],
-        *call.indices.stride()[:2],
-        call.counts.stride(0),
-        *(policy.k or 0, policy.ratio_ppm, policy.min, NO_MAXIMUM if policy.max is None else policy.max),
-        *call.scores.shape,
-        *(call.indices.shape[2], call.sink, call.recent, torch.get_num_threads()),
+    layers, batch, rows, columns = call.shape
+    arguments = _SelectArguments(
+        **_policy_arguments(call.policy),
+        prefix_lens=_address(call.prefix_lens),
+        page_table=_address(call.page_table),
+        table_request=0 if call.page_table is None else call.page_table.stride(0),
+        pages=0 if call.page_table is None else call.page_table.shape[1],
+        slots_per_page=call.slots_per_page,
+        slot_bytes=0 if call.slots is None else call.slots.element_size(),
+        sink=call.sink,
+        recent=call.recent,
+        block=call.block,
+        layers=layers,
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        width=call.indices.shape[-1],
+        threads=torch.get_num_threads(),
     )
+    for name in _SelectArguments._STRIDED:
+        tensor: torch.Tensor | None = getattr(call, name)
+        if tensor is not None:
+            leading = tensor.stride()[: call.counts.dim()]
+            setattr(arguments, name, tensor.data_ptr())
+            setattr(arguments, f"{name}_strides", _Strides(*(0,) * (3 - len(leading)), *leading))
+    return arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,11 +227,17 @@ class CpuKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         arguments = _arguments(call)
         arguments.workspace = workspace.data_ptr()
-        if self.library.run(ctypes.byref(arguments)):
-            raise BuildError(
-                f"{self.spec.name}: the system does not lend AMX tile registers to this process; "
-                "use a plan with product=fma"
+        if not self.library.run(ctypes.byref(arguments)):
+            return
+        if isinstance(call, SelectCall):
+            raise SpecError(
+                f"scores: {call.policy} needs masses, finite and not negative, and a row has other scores; "
+                "ask verification for value='weight', or select by TopK or Threshold"
             )
+        raise BuildError(
+            f"{self.spec.name}: the system does not lend AMX tile registers to this process; "
+            "use a plan with product=fma"
+        )
 
 
 def _arguments(call: Call) -> _AttentionArguments | _SelectArguments:

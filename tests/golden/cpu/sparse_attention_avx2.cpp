@@ -39,7 +39,8 @@ constexpr int HEAD_DIM = 128;
 constexpr int V_HEAD_DIM = 128;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float Q_SCALE = 0.0883883476f * LOG2_E;  // logits are kept in base 2
-typedef f16 Element;
+typedef f16 Element;  // of q and out
+typedef f16 Cached;  // of the KV cache
 
 // ---- the plan ----
 constexpr int KEY_TILE = 32;
@@ -119,20 +120,22 @@ constexpr int DV_VECS = (V_HEAD_DIM + LANES - 1) / LANES, DV_PADDED = DV_VECS * 
 constexpr int D_LAST = HEAD_DIM - (D_VECS - 1) * LANES, DV_LAST = V_HEAD_DIM - (DV_VECS - 1) * LANES;
 
 struct Arguments {
-    const Element *q, *k, *v;
+    const Element* q;
+    const Cached *k, *v;
     Element* out;
     float *lse, *scores;
-    const float* sinks;
+    int32_t* histogram;
+    const float *sinks, *lse_ref, *k_scale, *v_scale;
     const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
-    int64_t table_row, score_request, score_row, index_request, index_row;
+    int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
     int32_t batch, page_size, max_q, max_kv, selected_width, threads;
 };
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One request's rows and the virtual range of keys they go over.
 struct Request {
@@ -168,7 +171,7 @@ static int keys_of(const Arguments& a, const Request& r, int request, int kv_hea
 // ---- the tile: KEY_TILE keys against every packed row of one KV head ----
 
 struct Tile {
-    const Element *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
+    const Cached *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
     int position[KEY_TILE];
     int count;
     bool masked;  // whether some row does not see some key
@@ -181,7 +184,7 @@ struct Task {
 static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
     const int head = task.head_block * HEADS_PER_TASK;
     const int32_t* pages = a.page_table + task.request * a.table_row;
-    const Element *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+    const Cached *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
     const int32_t* indices = a.indices + task.request * a.index_request + head * a.index_row;
     tile.count = smaller(KEY_TILE, task.end - begin);
     int newest = 0, oldest = INT32_MAX;
@@ -206,8 +209,34 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
     (void)oldest;
 }
 
-static inline void prefetch_row(const Element* row, int elements) {
-    for (int byte = 0; byte < elements * (int)sizeof(Element); byte += 64) __builtin_prefetch((const char*)row + byte);
+// A tile's keys and values of one head.
+struct Rows {
+    const Cached *k[KEY_TILE], *v[KEY_TILE];
+};
+
+static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows& rows) {
+    for (int j = 0; j < KEY_TILE; j++) rows.k[j] = tile.k[j] + head * a.k_head;
+    for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
+}
+
+// Rows of the next tile that a block of work fetches on its way.
+struct Fetch {
+    const Cached* const* rows;
+    int begin, end;
+};
+
+// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
+// tile of every head is larger than the first.
+template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
+    if (j < fetch.begin || j >= fetch.end) return;
+#pragma GCC unroll 8
+    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
+}
+
+// The share of block `block` of `blocks` in fetching a tile.
+static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
+    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
 }
 
 // ---- the engine: vector multiply-adds ----
@@ -216,7 +245,8 @@ constexpr int ROW_PAD = 1;  // packed rows of a head are padded to a multiple of
 
 struct Scratch {
     float* q;        // [HEADS_PER_TASK, row, D_PADDED] scaled queries
-    float* weights;  // [row, KEY_TILE] logits, then weights
+    float* logits;   // [row, KEY_TILE]
+    float* weights;  // [row, KEY_TILE], in the place of the logits
     float* rescale;  // [row]
     float* wide;     // [KEY_TILE, D_PADDED + DV_PADDED] a tile in float32, where more than one block of rows reads it
 };
@@ -229,7 +259,7 @@ static int64_t scratch_of(int rows, char* memory, Scratch& s) {
         return p;
     };
     s.q = take((int64_t)HEADS_PER_TASK * rows * D_PADDED);
-    s.weights = take((int64_t)rows * KEY_TILE);
+    s.logits = s.weights = take((int64_t)rows * KEY_TILE);
     s.rescale = take(rows);
     s.wide = take((int64_t)KEY_TILE * (D_PADDED + DV_PADDED));
     return (char*)at - memory;
@@ -238,6 +268,21 @@ static int64_t scratch_of(int rows, char* memory, Scratch& s) {
 static void pack_row(const Element* from, int row, const Scratch& s) {
     float* to = s.q + (int64_t)row * D_PADDED;
     for (int d = 0; d < D_PADDED; d++) to[d] = d < HEAD_DIM ? to_float(from[d]) * Q_SCALE : 0.0f;
+}
+
+// Packed rows go through in blocks of 4, then 2 and 1; each fetches its share of the next tile.
+template <int COUNT> struct RowBlock {
+    static constexpr int ROWS = COUNT;
+    int first, index, blocks;
+
+    Fetch share_of(const Cached* const* next) const { return fetch_share(next, index, blocks); }
+};
+
+template <typename Work> static inline void for_row_blocks(int rows, Work work) {
+    const int fours = rows / 4, blocks = fours + (rows >> 1 & 1) + (rows & 1);
+    for (int i = 0; i < fours; i++) work(RowBlock<4>{i * 4, i, blocks});
+    if (rows & 2) work(RowBlock<2>{fours * 4, fours, blocks});
+    if (rows & 1) work(RowBlock<1>{rows - 1, blocks - 1, blocks});
 }
 
 // Logits of ROWS packed rows against LANES / ROWS keys; as many accumulators as lanes, summed together at the end.
@@ -269,21 +314,25 @@ static inline void dot_block(const float* q, const T* const* k, float* logits) {
 }
 
 template <int ROWS, typename T>
-static inline void dot_rows(const float* q, const T* const* k, float* logits) {
-    for (int j = 0; j < KEY_TILE; j += LANES / ROWS) dot_block<ROWS>(q, k + j, logits + j);
+static inline void dot_rows(const float* q, const T* const* k, float* logits, const Fetch& fetch) {
+    constexpr int KEYS = LANES / ROWS;
+    for (int j = 0; j < KEY_TILE; j += KEYS) {
+        for (int i = j; i < j + KEYS; i++) fetch_row<HEAD_DIM>(fetch, i);
+        dot_block<ROWS>(q, k + j, logits + j);
+    }
 }
 
-template <typename T> static void dot_tile(const float* q, int rows, const T* const* k, float* logits) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) dot_rows<4>(q + r * D_PADDED, k, logits + r * KEY_TILE);
-    if (rows & 2) { dot_rows<2>(q + r * D_PADDED, k, logits + r * KEY_TILE); r += 2; }
-    if (rows & 1) dot_rows<1>(q + r * D_PADDED, k, logits + r * KEY_TILE);
+template <typename T>
+static void dot_tile(const float* q, int rows, const T* const* k, float* logits, const Cached* const* next) {
+    for_row_blocks(rows, [&](auto block) {
+        dot_rows<block.ROWS>(q + block.first * D_PADDED, k, logits + block.first * KEY_TILE, block.share_of(next));
+    });
 }
 
 // acc = acc * rescale + weights x V for ROWS rows and VECS vectors of V from vector `first` on.
 template <int ROWS, int VECS, bool LAST, typename T>
 static inline void weigh_block(
-    float* acc, const float* rescale, const float* weights, const T* const* v, int count, int first
+    float* acc, const float* rescale, const float* weights, const T* const* v, int count, int first, const Fetch& fetch
 ) {
     Vec sums[ROWS][VECS];
 #pragma GCC unroll 4
@@ -292,6 +341,7 @@ static inline void weigh_block(
         for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
 #pragma GCC unroll 1
     for (int j = 0; j < count; j++) {
+        fetch_row<V_HEAD_DIM>(fetch, j);
         Vec value[VECS];
 #pragma GCC unroll 8
         for (int c = 0; c < VECS; c++) {
@@ -312,23 +362,33 @@ static inline void weigh_block(
 constexpr int V_BLOCK = 2;  // accumulators: 4 rows x V_BLOCK vectors
 
 template <int ROWS, typename T>
-static inline void weigh_rows(float* acc, const float* rescale, const float* weights, const T* const* v, int count) {
-    constexpr int FULL = (DV_VECS - 1) / V_BLOCK * V_BLOCK;
-    for (int first = 0; first < FULL; first += V_BLOCK)
-        weigh_block<ROWS, V_BLOCK, false>(acc, rescale, weights, v, count, first);
-    weigh_block<ROWS, DV_VECS - FULL, true>(acc, rescale, weights, v, count, FULL);
+static inline void weigh_rows(
+    float* acc, const float* rescale, const float* weights, const T* const* v, int count, const Fetch& fetch
+) {
+    constexpr int BLOCKS = (int)divide_up(DV_VECS, V_BLOCK), FULL = BLOCKS - 1;
+    const int share = (fetch.end - fetch.begin + FULL) / BLOCKS;
+    for (int block = 0; block < FULL; block++) {
+        const Fetch part = {fetch.rows, fetch.begin + block * share, fetch.begin + (block + 1) * share};
+        weigh_block<ROWS, V_BLOCK, false>(acc, rescale, weights, v, count, block * V_BLOCK, part);
+    }
+    const Fetch part = {fetch.rows, fetch.begin + FULL * share, fetch.end};
+    weigh_block<ROWS, DV_VECS - FULL * V_BLOCK, true>(acc, rescale, weights, v, count, FULL * V_BLOCK, part);
 }
 
 template <typename T>
-static void weigh_tile(float* acc, int rows, const float* rescale, const float* weights, const T* const* v, int count) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) weigh_rows<4>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count);
-    if (rows & 2) { weigh_rows<2>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count); r += 2; }
-    if (rows & 1) weigh_rows<1>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count);
+static void weigh_tile(
+    float* acc, int rows, const float* rescale, const float* weights, const T* const* v, int count,
+    const Cached* const* next
+) {
+    for_row_blocks(rows, [&](auto block) {
+        const int r = block.first;
+        const Fetch fetch = block.share_of(next);
+        weigh_rows<block.ROWS>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count, fetch);
+    });
 }
 
 template <int VECS, int LAST>
-static void widen(const Element* const* rows, float* wide, const float** wide_rows) {
+static void widen(const Cached* const* rows, float* wide, const float** wide_rows) {
     for (int j = 0; j < KEY_TILE; j++) {
         float* to = wide + j * VECS * LANES;
         for (int c = 0; c < VECS - 1; c++) store(to + c * LANES, load(rows[j] + c * LANES));
@@ -337,50 +397,60 @@ static void widen(const Element* const* rows, float* wide, const float** wide_ro
     }
 }
 
-// Turns a tile's logits into weights relative to each row's running maximum; updates maximum, sum and rescale.
-static void soften(const Request& r, const Tile& tile, float* logits, float* row_max, float* row_sum, float* rescale) {
+// Hides what a row does not see.
+static void finish_logits(const Request& r, const Tile& tile, float* logits) {
+    if (!tile.masked) return;
     for (int row = 0; row < r.rows * GROUP; row++) {
-        float* at = logits + row * KEY_TILE;
-        if (tile.masked) {
-            const int last = r.first_position + row / GROUP;
-            for (int j = 0; j < KEY_TILE; j++)
-                if (tile.position[j] > last) at[j] = -INFINITY;
-        }
-        Vec best = load(at);
-        for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(at + j));
+        const int last = r.first_position + row / GROUP;
+        for (int j = 0; j < KEY_TILE; j++)
+            if (tile.position[j] > last) logits[row * KEY_TILE + j] = -INFINITY;
+    }
+}
+
+// Turns a tile's logits into weights relative to each row's running maximum; updates maximum, sum and rescale.
+static void soften(const Scratch& s, int rows, float* row_max, float* row_sum) {
+    for (int row = 0; row < rows; row++) {
+        const float* logits = s.logits + row * KEY_TILE;
+        float* weights = s.weights + row * KEY_TILE;
+        Vec best = load(logits);
+        for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(logits + j));
         const float new_max = fmaxf(row_max[row], largest(best));
         const Vec offset = splat(new_max == -INFINITY ? 0.0f : new_max);
         Vec sum = {};
         for (int j = 0; j < KEY_TILE; j += LANES) {
-            const Vec weight = exp2_of(load(at + j) - offset);
-            store(at + j, weight);
+            const Vec weight = exp2_of(load(logits + j) - offset);
+            store(weights + j, weight);
             sum += weight;
         }
-        rescale[row] = row_max[row] == new_max ? 1.0f : exp2f(row_max[row] - new_max);
-        row_sum[row] = row_sum[row] * rescale[row] + total(sum);
+        s.rescale[row] = row_max[row] == new_max ? 1.0f : exp2f(row_max[row] - new_max);
+        row_sum[row] = row_sum[row] * s.rescale[row] + total(sum);
         row_max[row] = new_max;
     }
 }
 
 // Folds one tile of one head into its running results; `first` is the head's first packed row.
 static void fold_tile(
-    const Request& r, const Tile& tile, const Element* const* k, const Element* const* v, const Scratch& s,
-    int64_t first, float* acc, float* row_max, float* row_sum
+    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, int64_t first,
+    float* acc, float* row_max, float* row_sum
 ) {
     const int rows = r.rows * GROUP;
     const float* q = s.q + first * D_PADDED;
-    if (rows <= 4) {  // one block of rows: converting while loading is enough
-        dot_tile(q, rows, k, s.weights);
-        soften(r, tile, s.weights, row_max, row_sum, s.rescale);
-        weigh_tile(acc, rows, s.rescale, s.weights, v, tile.count);
-        return;
+    const bool widened = rows > 4;  // one block of rows may as well convert while loading
+    const float *k[KEY_TILE], *v[KEY_TILE];
+    if (widened) {
+        widen<D_VECS, D_LAST>(here.k, s.wide, k);
+        dot_tile(q, rows, k, s.logits, ahead.k);
+    } else {
+        dot_tile(q, rows, here.k, s.logits, ahead.k);
     }
-    const float* wide[KEY_TILE];
-    widen<D_VECS, D_LAST>(k, s.wide, wide);
-    dot_tile(q, rows, wide, s.weights);
-    soften(r, tile, s.weights, row_max, row_sum, s.rescale);
-    widen<DV_VECS, DV_LAST>(v, s.wide + KEY_TILE * D_PADDED, wide);
-    weigh_tile(acc, rows, s.rescale, s.weights, wide, tile.count);
+    finish_logits(r, tile, s.logits);
+    soften(s, rows, row_max, row_sum);
+    if (widened) {
+        widen<DV_VECS, DV_LAST>(here.v, s.wide + KEY_TILE * D_PADDED, v);
+        weigh_tile(acc, rows, s.rescale, s.weights, v, tile.count, ahead.v);
+    } else {
+        weigh_tile(acc, rows, s.rescale, s.weights, here.v, tile.count, ahead.v);
+    }
 }
 
 static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
@@ -446,15 +516,14 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
         Tile& next = tiles[parity ^ 1];
         if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
         else next.count = 0;
+        const Tile& following = next.count ? next : tile;
         for (int h = 0; h < HEADS_PER_TASK; h++) {
-            const Element *k[KEY_TILE], *v[KEY_TILE];
-            for (int j = 0; j < KEY_TILE; j++) k[j] = tile.k[j] + h * a.k_head, v[j] = tile.v[j] + h * a.v_head;
-            for (int j = 0; j < next.count; j++) {
-                prefetch_row(next.k[j] + h * a.k_head, HEAD_DIM);
-                prefetch_row(next.v[j] + h * a.v_head, V_HEAD_DIM);
-            }
+            Rows here, ahead;
+            rows_of(a, tile, h, here);
+            rows_of(a, following, h, ahead);
             const int64_t first = h * head_rows;
-            fold_tile(r, tile, k, v, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
+            fold_tile(
+                r, tile, here, ahead, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
         }
     }
 }
@@ -500,7 +569,7 @@ constexpr int64_t PRODUCTS_PER_THREAD = 512 << 10;
 // Results do not depend on the number of threads: splits have a fixed length.
 static int useful_threads(const Arguments& a, int64_t keys) {
     const int64_t elements = keys * (HEAD_DIM + V_HEAD_DIM);
-    const int64_t bytes = elements * (int64_t)sizeof(Element), products = elements * GROUP * a.max_q;
+    const int64_t bytes = elements * (int64_t)sizeof(Cached), products = elements * GROUP * a.max_q;
     return smaller(a.threads, 1 + (int)(bytes / BYTES_PER_THREAD + products / PRODUCTS_PER_THREAD));
 }
 

@@ -36,12 +36,13 @@ constexpr int HEAD_DIM = 128;
 constexpr int V_HEAD_DIM = 128;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float Q_SCALE = 0.0883883476f * LOG2_E;  // logits are kept in base 2
-typedef bf16 Element;
+typedef bf16 Element;  // of q and out
+typedef bf16 Cached;  // of the KV cache
 
 // ---- the plan ----
 constexpr int KEY_TILE = 64;
 constexpr int SPLIT_KEYS = 1024;
-constexpr int HEADS_PER_TASK = 1;
+constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
 typedef bf16 Dumped;
 
 // ---- vectors: amx-bf16 ----
@@ -118,20 +119,22 @@ constexpr int DV_VECS = (V_HEAD_DIM + LANES - 1) / LANES, DV_PADDED = DV_VECS * 
 constexpr int D_LAST = HEAD_DIM - (D_VECS - 1) * LANES, DV_LAST = V_HEAD_DIM - (DV_VECS - 1) * LANES;
 
 struct Arguments {
-    const Element *q, *k, *v;
+    const Element* q;
+    const Cached *k, *v;
     Element* out;
     float *lse, *scores;
-    const float* sinks;
+    int32_t* histogram;
+    const float *sinks, *lse_ref, *k_scale, *v_scale;
     const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
-    int64_t table_row, score_request, score_row, index_request, index_row;
+    int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
     int32_t batch, page_size, max_q, max_kv, selected_width, threads;
 };
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One request's rows and the virtual range of keys they go over.
 struct Request {
@@ -156,6 +159,8 @@ static int keys_of(const Arguments& a, const Request& r, int request, int kv_hea
     return r.kv_len - r.first_key;
 }
 
+constexpr int SCORE_ROWS = 1;  // of a request
+
 // ---- scored rows: the first and the last, a single row counting once ----
 
 static inline int scored_rows(int rows) { return smaller(2, rows); }
@@ -164,7 +169,7 @@ static inline int scored_row(int index, int rows) { return index == 0 ? 0 : rows
 // ---- the tile: KEY_TILE keys against every packed row of one KV head ----
 
 struct Tile {
-    const Element *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
+    const Cached *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
     int position[KEY_TILE];
     int count;
     bool masked;  // whether some row does not see some key
@@ -177,7 +182,7 @@ struct Task {
 static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
     const int head = task.head_block * HEADS_PER_TASK;
     const int32_t* pages = a.page_table + task.request * a.table_row;
-    const Element *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+    const Cached *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
     (void)selected;
     tile.count = smaller(KEY_TILE, task.end - begin);
     int page_index = (r.first_key + begin) / a.page_size, slot = (r.first_key + begin) % a.page_size;
@@ -198,8 +203,34 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
     (void)oldest;
 }
 
-static inline void prefetch_row(const Element* row, int elements) {
-    for (int byte = 0; byte < elements * (int)sizeof(Element); byte += 64) __builtin_prefetch((const char*)row + byte);
+// A tile's keys and values of one head.
+struct Rows {
+    const Cached *k[KEY_TILE], *v[KEY_TILE];
+};
+
+static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows& rows) {
+    for (int j = 0; j < KEY_TILE; j++) rows.k[j] = tile.k[j] + head * a.k_head;
+    for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
+}
+
+// Rows of the next tile that a block of work fetches on its way.
+struct Fetch {
+    const Cached* const* rows;
+    int begin, end;
+};
+
+// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
+// tile of every head is larger than the first.
+template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
+    if (j < fetch.begin || j >= fetch.end) return;
+#pragma GCC unroll 8
+    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
+}
+
+// The share of block `block` of `blocks` in fetching a tile.
+static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
+    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
 }
 
 // ---- the engine: AMX tiles of bfloat16 ----
@@ -265,10 +296,12 @@ static inline const Element* sixteen_keys(const Element* const* k, const Scratch
     return s.k;
 }
 
-static void dot_tile(const Element* q, const Element* const* k, const Scratch& s) {
+static void dot_tile(const Element* q, const Rows& here, const Rows& ahead, const Scratch& s) {
     for (int key = 0; key < KEY_TILE; key += 16) {
+        const Fetch fetch = fetch_share(ahead.k, key / 16, KEY_TILE / 16);
+        for (int j = fetch.begin; j < fetch.end; j++) fetch_row<HEAD_DIM>(fetch, j);
         int64_t stride;
-        const Element* keys = sixteen_keys(k + key, s, stride);
+        const Element* keys = sixteen_keys(here.k + key, s, stride);
         for (int block = 0; block < s.row_blocks; block += 4) {  // tiles 0-3 accumulate, 4 holds keys, 5 queries
             const int blocks = smaller(4, s.row_blocks - block);
             const Element* rows = q + (int64_t)block * D_STEPS * TILE_ELEMENTS;
@@ -294,13 +327,13 @@ static void dot_tile(const Element* q, const Element* const* k, const Scratch& s
     }
 }
 
-// [16 pairs of keys, 16 rows] of bfloat16 pairs -> [16 rows, 16 pairs of keys].
-static inline void transpose_pairs(const __m512i* from, Element* to) {
+// Transposes 16 rows of 16 elements of 32 bits.
+static inline void transpose(__m512i* rows) {
     __m512i a[16], b[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        a[2 * i] = _mm512_unpacklo_epi32(from[2 * i], from[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(from[2 * i], from[2 * i + 1]);
+        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -315,30 +348,46 @@ static inline void transpose_pairs(const __m512i* from, Element* to) {
         const __m512i high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
         const __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
         const __m512i high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-        _mm512_storeu_si512(to + i * 32, _mm512_shuffle_i32x4(low, low2, 0x88));
-        _mm512_storeu_si512(to + (4 + i) * 32, _mm512_shuffle_i32x4(high, high2, 0x88));
-        _mm512_storeu_si512(to + (8 + i) * 32, _mm512_shuffle_i32x4(low, low2, 0xdd));
-        _mm512_storeu_si512(to + (12 + i) * 32, _mm512_shuffle_i32x4(high, high2, 0xdd));
+        rows[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        rows[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        rows[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        rows[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
+// 32 elements of two rows -> pairs of them: elements 0-15 (`half` 0) or 16-31 (`half` 1).
+static inline __m512i interleave(__m512i even, __m512i odd, int half) {
+    const __m512i low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(even, half ? _mm512_add_epi16(low, _mm512_set1_epi16(16)) : low, odd);
+}
+
+// Elements [d, d + 32) of a row of ELEMENTS; those past its end are 0.
+template <int ELEMENTS> static inline __m512i load_pairs(const Element* row, int d) {
+    if (ELEMENTS - d >= 32) return _mm512_loadu_si512(row + d);
+    return _mm512_maskz_loadu_epi16((1u << (ELEMENTS - d) % 32) - 1, row + d);
+}
+
+// Scales the logits of one block of 16 rows and hides what a row does not see.
+static void finish_logits(const Request& r, const Tile& tile, const Scratch& s, int block) {
+    float* logits = s.logits + (int64_t)block * KEY_TILE * 16;
+    const Vec scale = splat(Q_SCALE);
+    for (int j = 0; j < KEY_TILE; j++) store(logits + j * 16, load(logits + j * 16) * scale);
+    if (!tile.masked) return;
+    alignas(64) int last[16];  // the newest key each row sees
+    for (int i = 0; i < 16; i++) last[i] = r.first_position + (block * 16 + i) / GROUP;
+    const __m512i newest = _mm512_load_si512(last);
+    for (int j = 0; j < KEY_TILE; j++) {
+        const __m512i position = _mm512_set1_epi32(tile.position[j]);
+        __mmask16 hidden = _mm512_cmpgt_epi32_mask(position, newest);
+        _mm512_mask_storeu_ps(logits + j * 16, hidden, _mm512_set1_ps(-INFINITY));
     }
 }
 
 // Logits of one block of 16 rows -> weights relative to the running maxima; rescales what was accumulated before.
-static void soften(
-    const Request& r, const Tile& tile, const Scratch& s, int block, float* acc, float* row_max, float* row_sum
-) {
-    float* logits = s.logits + (int64_t)block * KEY_TILE * 16;
-    const Vec scale = splat(Q_SCALE);
-    for (int j = 0; j < KEY_TILE; j++) store(logits + j * 16, load(logits + j * 16) * scale);
-    if (tile.masked) {
-        alignas(64) int last[16];  // the newest key each row sees
-        for (int i = 0; i < 16; i++) last[i] = r.first_position + (block * 16 + i) / GROUP;
-        const __m512i newest = _mm512_load_si512(last);
-        for (int j = 0; j < KEY_TILE; j++) {
-            const __m512i position = _mm512_set1_epi32(tile.position[j]);
-            __mmask16 hidden = _mm512_cmpgt_epi32_mask(position, newest);
-            _mm512_mask_storeu_ps(logits + j * 16, hidden, _mm512_set1_ps(-INFINITY));
-        }
-    }
+static void soften(const Scratch& s, int block, float* acc, float* row_max, float* row_sum) {
+    const float* logits = s.logits + (int64_t)block * KEY_TILE * 16;
     const Vec old_max = load(row_max + block * 16);
     Vec best[4] = {old_max, old_max, old_max, old_max};
     for (int j = 0; j < KEY_TILE; j += 4)
@@ -348,8 +397,8 @@ static void soften(
     const Vec rescale = new_max == old_max ? splat(1.0f) : exp2_of(old_max - offset);
     Vec sum[2] = {};
     for (int step = 0; step < KEY_STEPS; step++) {
-        __m512i pairs[16];
-        const __m512i interleave = _mm512_set_epi32(
+        __m512i pairs[16];  // [16 pairs of keys, 16 rows]
+        const __m512i neighbours = _mm512_set_epi32(
             0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a, 0x00190009, 0x00180008,
             0x00170007, 0x00160006, 0x00150005, 0x00140004, 0x00130003, 0x00120002, 0x00110001, 0x00100000);
         for (int pair = 0; pair < 16; pair++) {
@@ -358,9 +407,11 @@ static void soften(
             sum[0] += even;
             sum[1] += odd;
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-            pairs[pair] = _mm512_permutexvar_epi16(interleave, both);
+            pairs[pair] = _mm512_permutexvar_epi16(neighbours, both);
         }
-        transpose_pairs(pairs, s.weights + ((int64_t)block * KEY_STEPS + step) * TILE_ELEMENTS);
+        transpose(pairs);
+        Element* to = s.weights + ((int64_t)block * KEY_STEPS + step) * TILE_ELEMENTS;
+        for (int row = 0; row < 16; row++) _mm512_storeu_si512(to + row * 32, pairs[row]);
     }
     store(row_sum + block * 16, load(row_sum + block * 16) * rescale + (sum[0] + sum[1]));
     store(row_max + block * 16, new_max);
@@ -375,18 +426,16 @@ static void soften(
 }
 
 // Pairs of keys, element by element, as the second operand of a tile product wants them.
-static void interleave_values(const Element* const* v, const Scratch& s) {
-    const __m512i low = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+static void interleave_values(const Rows& here, const Rows& ahead, const Scratch& s) {
+    const Fetch fetch = fetch_share(ahead.v, 0, 1);
     for (int j = 0; j < KEY_TILE; j += 2) {
+        fetch_row<V_HEAD_DIM>(fetch, j);
+        fetch_row<V_HEAD_DIM>(fetch, j + 1);
         Element* to = s.v + (int64_t)(j / 32) * (DV_PADDED / 16) * TILE_ELEMENTS + j % 32 / 2 * 32;
         for (int d = 0; d < V_HEAD_DIM; d += 32) {
-            const __m512i even = _mm512_loadu_si512(v[j] + d), odd = _mm512_loadu_si512(v[j + 1] + d);
-            _mm512_storeu_si512(to + d / 16 * TILE_ELEMENTS, _mm512_permutex2var_epi16(even, low, odd));
-            if (d + 16 < DV_PADDED)
-                _mm512_storeu_si512(to + (d / 16 + 1) * TILE_ELEMENTS, _mm512_permutex2var_epi16(even, high, odd));
+            const __m512i even = load_pairs<V_HEAD_DIM>(here.v[j], d), odd = load_pairs<V_HEAD_DIM>(here.v[j + 1], d);
+            _mm512_storeu_si512(to + d / 16 * TILE_ELEMENTS, interleave(even, odd, 0));
+            if (d + 16 < DV_PADDED) _mm512_storeu_si512(to + (d / 16 + 1) * TILE_ELEMENTS, interleave(even, odd, 1));
         }
     }
 }
@@ -427,18 +476,22 @@ static void weigh_tile(float* acc, const Scratch& s) {
 
 // Folds one tile of one head into its running results; `first` is the head's first packed row.
 static void fold_tile(
-    const Request& r, const Tile& tile, const Element* const* k, const Element* const* v, const Scratch& s,
-    int64_t first, float* acc, float* row_max, float* row_sum
+    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, int64_t first,
+    float* acc, float* row_max, float* row_sum
 ) {
-    dot_tile(s.q + first * D_TILED, k, s);
-    interleave_values(v, s);
-    for (int block = 0; block < s.row_blocks; block++) soften(r, tile, s, block, acc, row_max, row_sum);
+    dot_tile(s.q + first * D_TILED, here, ahead, s);
+    interleave_values(here, ahead, s);
+    for (int block = 0; block < s.row_blocks; block++) finish_logits(r, tile, s, block);
+    for (int block = 0; block < s.row_blocks; block++) soften(s, block, acc, row_max, row_sum);
     weigh_tile(acc, s);
 }
 
+static inline const Element* weights_of(const Scratch& s, int row, int step) {
+    return s.weights + ((int64_t)(row / 16) * KEY_STEPS + step) * TILE_ELEMENTS + row % 16 * 32;
+}
+
 static void dump_row(const Scratch& s, int row, Dumped* to) {
-    const Element* from = s.weights + (int64_t)(row / 16) * KEY_STEPS * TILE_ELEMENTS + row % 16 * 32;
-    for (int step = 0; step < KEY_STEPS; step++) memcpy(to + step * 32, from + step * TILE_ELEMENTS, 64);
+    for (int step = 0; step < KEY_STEPS; step++) memcpy(to + step * 32, weights_of(s, row, step), 64);
 }
 
 static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
@@ -486,6 +539,55 @@ static Workspace plan_workspace(const Arguments& a) {
     return w;
 }
 
+// ---- scores ----
+
+static inline int prefix_of(const Arguments& a, const Request& r) {
+    return r.rows > 0 ? larger(0, smaller(r.first_position, a.max_kv)) : 0;
+}
+
+// The scores of a request's prefix keys.
+static inline float* key_scores_of(const Arguments& a, const Workspace& w, int request, int row) {
+    (void)w;
+    return a.scores + request * a.score_request + row * a.score_row;
+}
+
+// Keeps the scored rows' weights of one tile and head, relative to their running maxima.
+static void keep_weights(
+    const Arguments& a, const Workspace& w, const Request& r, const Scratch& s, int request, int head, int tile,
+    const float* row_max
+) {
+    const int scored = scored_rows(r.rows) * GROUP, max_scored = scored_rows(a.max_q) * GROUP;
+    const int64_t to = ((int64_t)(w.tile_offset[request] + tile) * NUM_KV_HEADS + head) * max_scored;
+    for (int i = 0; i < scored; i++) {
+        const int row = scored_row(i / GROUP, r.rows) * GROUP + i % GROUP;
+        w.tile_max[to + i] = row_max[row];
+        dump_row(s, row, w.dumped + (to + i) * KEY_TILE);
+    }
+}
+
+// Scores of one tile of one request: the kept weights, renormalised by each row's log-sum-exp and averaged.
+static void score_tile(const Arguments& a, const Workspace& w, int request, int tile) {
+    const Request r = request_of(a, request);
+    const int prefix = prefix_of(a, r), scored = scored_rows(r.rows) * GROUP;
+    const int begin = tile * KEY_TILE, count = smaller(KEY_TILE, prefix - begin);
+    const int64_t kept = w.tile_offset[request] + (begin - r.first_key) / KEY_TILE;
+    const int max_scored = scored_rows(a.max_q) * GROUP;
+    const float share = 1.0f / (scored * NUM_KV_HEADS);
+    float sums[KEY_TILE] = {};
+    for (int head = 0; head < NUM_KV_HEADS; head++) {
+        const int64_t at = (kept * NUM_KV_HEADS + head) * max_scored;
+        for (int i = 0; i < scored && begin >= r.first_key; i++) {
+            const int row = r.first_row + scored_row(i / GROUP, r.rows);
+            const float lse = a.lse[(int64_t)row * NUM_Q_HEADS + head * GROUP + i % GROUP] * LOG2_E;
+            if (w.tile_max[at + i] == -INFINITY) continue;  // the row saw none of these keys
+            const Vec weight = splat(exp2f(w.tile_max[at + i] - lse) * share);
+            const Dumped* from = w.dumped + (at + i) * KEY_TILE;
+            for (int j = 0; j < KEY_TILE; j += LANES) store(sums + j, load(sums + j) + weight * load(from + j));
+        }
+    }
+    memcpy(key_scores_of(a, w, request, 0) + begin, sums, count * sizeof(float));
+}
+
 // ---- one task: every packed row of HEADS_PER_TASK KV heads over one split of the keys ----
 
 static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
@@ -513,25 +615,16 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
         Tile& next = tiles[parity ^ 1];
         if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
         else next.count = 0;
+        const Tile& following = next.count ? next : tile;
         for (int h = 0; h < HEADS_PER_TASK; h++) {
-            const Element *k[KEY_TILE], *v[KEY_TILE];
-            for (int j = 0; j < KEY_TILE; j++) k[j] = tile.k[j] + h * a.k_head, v[j] = tile.v[j] + h * a.v_head;
-            for (int j = 0; j < next.count; j++) {
-                prefetch_row(next.k[j] + h * a.k_head, HEAD_DIM);
-                prefetch_row(next.v[j] + h * a.v_head, V_HEAD_DIM);
-            }
+            Rows here, ahead;
+            rows_of(a, tile, h, here);
+            rows_of(a, following, h, ahead);
             const int64_t first = h * head_rows;
-            fold_tile(r, tile, k, v, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
-            if (tile.position[0] < r.first_position) {
-                const int scored = scored_rows(r.rows) * GROUP, max_scored = scored_rows(a.max_q) * GROUP;
-                const int64_t tile_index = w.tile_offset[task.request] + begin / KEY_TILE;
-                const int64_t to = (tile_index * NUM_KV_HEADS + first_head + h) * max_scored;
-                for (int i = 0; i < scored; i++) {
-                    const int row = scored_row(i / GROUP, r.rows) * GROUP + i % GROUP;
-                    w.tile_max[to + i] = row_max[first + row];
-                    dump_row(s, row, w.dumped + (to + i) * KEY_TILE);
-                }
-            }
+            fold_tile(
+                r, tile, here, ahead, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
+            if (tile.position[0] < r.first_position)
+                keep_weights(a, w, r, s, task.request, first_head + h, begin / KEY_TILE, row_max + first);
         }
     }
 }
@@ -568,30 +661,6 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     a.lse[(int64_t)(r.first_row + row) * NUM_Q_HEADS + q_head] = seen ? (best + log2f(sum)) * 0.693147181f : -INFINITY;
 }
 
-// ---- scores of one tile of one request: the dumped weights, renormalised by each row's log-sum-exp and averaged ----
-
-static void score_tile(const Arguments& a, const Workspace& w, int request, int tile) {
-    const Request r = request_of(a, request);
-    const int prefix = smaller(r.first_position, a.max_kv), scored = scored_rows(r.rows) * GROUP;
-    const int begin = tile * KEY_TILE, count = smaller(KEY_TILE, prefix - begin);
-    const int64_t dumped = w.tile_offset[request] + (begin - r.first_key) / KEY_TILE;
-    const int max_scored = scored_rows(a.max_q) * GROUP;
-    const float share = 1.0f / (scored * NUM_KV_HEADS);
-    float sums[KEY_TILE] = {};
-    for (int head = 0; head < NUM_KV_HEADS; head++) {
-        const int64_t at = (dumped * NUM_KV_HEADS + head) * max_scored;
-        for (int s = 0; s < scored && begin >= r.first_key; s++) {
-            const int row = r.first_row + scored_row(s / GROUP, r.rows);
-            const float lse = a.lse[(int64_t)row * NUM_Q_HEADS + head * GROUP + s % GROUP] * LOG2_E;
-            if (w.tile_max[at + s] == -INFINITY) continue;  // the row saw none of these keys
-            const Vec weight = splat(exp2f(w.tile_max[at + s] - lse) * share);
-            const Dumped* from = w.dumped + (at + s) * KEY_TILE;
-            for (int j = 0; j < KEY_TILE; j += LANES) store(sums + j, load(sums + j) + weight * load(from + j));
-        }
-    }
-    memcpy(a.scores + request * a.score_request + begin, sums, count * sizeof(float));
-}
-
 // ---- entry points ----
 
 // A thread is worth waking for this much: about 10 microseconds of reading or multiplying.
@@ -601,7 +670,7 @@ constexpr int64_t PRODUCTS_PER_THREAD = 512 << 10;
 // Results do not depend on the number of threads: splits have a fixed length.
 static int useful_threads(const Arguments& a, int64_t keys) {
     const int64_t elements = keys * (HEAD_DIM + V_HEAD_DIM);
-    const int64_t bytes = elements * (int64_t)sizeof(Element), products = elements * GROUP * a.max_q;
+    const int64_t bytes = elements * (int64_t)sizeof(Cached), products = elements * GROUP * a.max_q;
     return smaller(a.threads, 1 + (int)(bytes / BYTES_PER_THREAD + products / PRODUCTS_PER_THREAD));
 }
 

@@ -1,0 +1,697 @@
+// Verification attention: causal attention of a few rows per request over its whole paged KV cache
+// that also emits one score per KV head and prefix key, the mean softmax weight
+// over all rows and the head group.
+//
+// A task is one KV head (or all of them) over SPLIT_KEYS keys. Splits have a fixed length, so a row's result does not
+// depend on the other requests of its batch nor on the number of threads.
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+// Conversions round to nearest, ties to even.
+template <typename T> static inline T from_float(float x);
+static inline float to_float(float x) { return x; }
+template <> inline float from_float<float>(float x) { return x; }
+
+struct bf16 { uint16_t bits; };
+static inline float to_float(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
+template <> inline bf16 from_float<bf16>(float x) {
+    const uint32_t bits = to_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bf16{0x7fc0};
+    return bf16{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ---- the model's heads ----
+constexpr int NUM_Q_HEADS = 32;
+constexpr int NUM_KV_HEADS = 8;
+constexpr int GROUP = NUM_Q_HEADS / NUM_KV_HEADS;
+constexpr int HEAD_DIM = 128;
+constexpr int V_HEAD_DIM = 128;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float Q_SCALE = 0.0883883476f * LOG2_E;  // logits are kept in base 2
+typedef bf16 Element;  // of q and out
+typedef bf16 Cached;  // of the KV cache
+
+// ---- the plan ----
+constexpr int KEY_TILE = 32;
+constexpr int SPLIT_KEYS = 1024;
+constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
+
+// ---- vectors: avx512-bf16 ----
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+static inline Vec load(const bf16* p) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+static inline Vec round_to_int(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
+static inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
+
+// Sums each of 16 vectors; lane i of the result is the sum of v[i].
+static inline Vec sum_each(const Vec* v) {
+    __m512 quads[4];  // quads[i] holds, in each 128-bit lane, partial sums of v[4i .. 4i+3]
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
+        quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+    }
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                                     _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                                      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+
+static inline float largest(Vec v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+static inline float total(Vec v) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+// 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
+static inline Vec exp2_of(Vec x) {
+    x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
+    const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
+    Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
+    p = p * f + splat(1.339887459e-3f);
+    p = p * f + splat(9.618437359e-3f);
+    p = p * f + splat(5.550332471e-2f);
+    p = p * f + splat(2.402264791e-1f);
+    p = p * f + splat(6.931472029e-1f);
+    p = p * f + splat(1.0f);
+    return times_power_of_two(p, whole);
+}
+
+// The last, partly filled vector of a row; lanes past the end are 0.
+template <int COUNT, typename T> static inline Vec load_first(const T* p) {
+    if constexpr (COUNT >= LANES) return load(p);
+    float lanes[LANES] = {};
+    for (int i = 0; i < COUNT; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+}
+
+constexpr int D_VECS = (HEAD_DIM + LANES - 1) / LANES, D_PADDED = D_VECS * LANES;
+constexpr int DV_VECS = (V_HEAD_DIM + LANES - 1) / LANES, DV_PADDED = DV_VECS * LANES;
+constexpr int D_LAST = HEAD_DIM - (D_VECS - 1) * LANES, DV_LAST = V_HEAD_DIM - (DV_VECS - 1) * LANES;
+
+struct Arguments {
+    const Element* q;
+    const Cached *k, *v;
+    Element* out;
+    float *lse, *scores;
+    int32_t* histogram;
+    const float *sinks, *lse_ref, *k_scale, *v_scale;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
+    char* workspace;
+    int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
+    int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
+    int32_t batch, page_size, max_q, max_kv, selected_width, threads;
+};
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One request's rows and the virtual range of keys they go over.
+struct Request {
+    int first_row, rows, kv_len, first_position;  // first_position may be negative: such rows see nothing
+    int first_key;  // keys before it are outside every row's window; a multiple of KEY_TILE
+};
+
+static Request request_of(const Arguments& a, int index) {
+    Request r;
+    r.first_row = a.cu_q[index];
+    r.rows = a.cu_q[index + 1] - r.first_row;
+    r.kv_len = larger(0, a.kv_lens[index]);
+    r.first_position = a.kv_lens[index] - r.rows;
+    r.first_key = 0;
+    return r;
+}
+
+// Keys a request goes over: all that some row may see.
+static int keys_of(const Arguments& a, const Request& r, int request, int kv_head) {
+    if (r.rows <= 0 || r.kv_len <= 0) return 0;
+    (void)a, (void)request, (void)kv_head;
+    return r.kv_len - r.first_key;
+}
+
+constexpr int SCORE_ROWS = NUM_KV_HEADS;  // of a request
+
+// ---- scored rows: all of them ----
+
+static inline int scored_rows(int rows) { return rows; }
+static inline int scored_row(int index, int) { return index; }
+
+// ---- the tile: KEY_TILE keys against every packed row of one KV head ----
+
+struct Tile {
+    const Cached *k[KEY_TILE], *v[KEY_TILE];  // of the task's first head
+    int position[KEY_TILE];
+    int count;
+    bool masked;  // whether some row does not see some key
+};
+
+struct Task {
+    int request, head_block, split, begin, end;  // begin and end count in the request's virtual keys
+};
+
+static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
+    const int head = task.head_block * HEADS_PER_TASK;
+    const int32_t* pages = a.page_table + task.request * a.table_row;
+    const Cached *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
+    (void)selected;
+    tile.count = smaller(KEY_TILE, task.end - begin);
+    int page_index = (r.first_key + begin) / a.page_size, slot = (r.first_key + begin) % a.page_size;
+    for (int j = 0; j < tile.count; j++) {
+        const int64_t page = pages[page_index];
+        tile.position[j] = r.first_key + begin + j;
+        tile.k[j] = k + page * a.k_page + slot * a.k_slot;
+        tile.v[j] = v + page * a.v_page + slot * a.v_slot;
+        if (++slot == a.page_size) slot = 0, page_index++;
+    }
+    for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
+        tile.position[j] = INT32_MAX;
+        tile.k[j] = tile.k[0];
+        tile.v[j] = tile.v[0];
+    }
+    const int newest = tile.position[KEY_TILE - 1], oldest = tile.position[0];
+    tile.masked = tile.count < KEY_TILE || newest > r.first_position;
+    (void)oldest;
+}
+
+// A tile's keys and values of one head.
+struct Rows {
+    const Cached *k[KEY_TILE], *v[KEY_TILE];
+};
+
+static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows& rows) {
+    for (int j = 0; j < KEY_TILE; j++) rows.k[j] = tile.k[j] + head * a.k_head;
+    for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
+}
+
+// Rows of the next tile that a block of work fetches on its way.
+struct Fetch {
+    const Cached* const* rows;
+    int begin, end;
+};
+
+// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
+// tile of every head is larger than the first.
+template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
+    if (j < fetch.begin || j >= fetch.end) return;
+#pragma GCC unroll 8
+    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
+}
+
+// The share of block `block` of `blocks` in fetching a tile.
+static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
+    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
+}
+
+// ---- the engine: dot products of bfloat16 pairs ----
+//
+// Keys are transposed once per tile, so that a lane is a key and no sum runs across lanes; a pair is two dims of a key
+// in the first product, two keys of a dim in the second.
+
+constexpr int ROW_PAD = 1;  // packed rows of a head are padded to a multiple of this
+constexpr int D_STEPS = (HEAD_DIM + 31) / 32, D_PAIRS = D_STEPS * 16;
+
+struct Scratch {
+    uint32_t* q;       // [HEADS_PER_TASK, row, D_PAIRS]
+    uint32_t* k;       // [D_PAIRS, KEY_TILE]
+    float* logits;     // [row, KEY_TILE]
+    Element* weights;  // [row, KEY_TILE]
+    float* rescale;    // [row]
+};
+
+static int64_t scratch_of(int rows, char* memory, Scratch& s) {
+    char* at = memory;
+    auto take = [&](int64_t bytes) {
+        char* p = at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+    };
+    s.q = (uint32_t*)take((int64_t)HEADS_PER_TASK * rows * D_PAIRS * 4);
+    s.k = (uint32_t*)take((int64_t)D_PAIRS * KEY_TILE * 4);
+    s.logits = (float*)take((int64_t)rows * KEY_TILE * 4);
+    s.weights = (Element*)take((int64_t)rows * KEY_TILE * sizeof(Element));
+    s.rescale = (float*)take(rows * 4);
+    return at - memory;
+}
+
+static void pack_row(const Element* from, int row, const Scratch& s) {
+    uint32_t* to = s.q + (int64_t)row * D_PAIRS;
+    memset(to, 0, D_PAIRS * 4);
+    memcpy(to, from, HEAD_DIM * sizeof(Element));
+}
+
+// Transposes 16 rows of 16 elements of 32 bits.
+static inline void transpose(__m512i* rows) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // row i of each 128-bit lane, lanes still to be gathered from the four b[. + i]
+        const __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        rows[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        rows[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        rows[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        rows[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
+// 32 elements of two rows -> pairs of them: elements 0-15 (`half` 0) or 16-31 (`half` 1).
+static inline __m512i interleave(__m512i even, __m512i odd, int half) {
+    const __m512i low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(even, half ? _mm512_add_epi16(low, _mm512_set1_epi16(16)) : low, odd);
+}
+
+// Elements [d, d + 32) of a row of ELEMENTS; those past its end are 0.
+template <int ELEMENTS> static inline __m512i load_pairs(const Element* row, int d) {
+    if (ELEMENTS - d >= 32) return _mm512_loadu_si512(row + d);
+    return _mm512_maskz_loadu_epi16((1u << (ELEMENTS - d) % 32) - 1, row + d);
+}
+
+static inline Vec multiply_add_pairs(Vec sum, __m512i a, __m512i b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+static void transpose_keys(const Rows& here, const Rows& ahead, const Scratch& s) {
+    for (int key = 0; key < KEY_TILE; key += 16)
+        for (int step = 0; step < D_STEPS; step++) {
+            const Fetch fetch = fetch_share(ahead.k, key / 16 * D_STEPS + step, KEY_TILE / 16 * D_STEPS);
+            for (int j = fetch.begin; j < fetch.end; j++) fetch_row<HEAD_DIM>(fetch, j);
+            __m512i rows[16];
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; j++) rows[j] = load_pairs<HEAD_DIM>(here.k[key + j], step * 32);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(s.k + (step * 16 + i) * KEY_TILE + key, rows[i]);
+        }
+}
+
+// Packed rows go through in blocks of 8, then 4, 2 and 1.
+template <int COUNT> struct RowBlock {
+    static constexpr int ROWS = COUNT;
+    int first;
+};
+
+template <int MOST, typename Work> static inline void for_row_blocks(int rows, Work work) {
+    int first = 0;
+    if constexpr (MOST >= 8)
+        for (; first + 8 <= rows; first += 8) work(RowBlock<8>{first});
+    for (; first + 4 <= rows; first += 4) work(RowBlock<4>{first});
+    if (rows & 2) { work(RowBlock<2>{first}); first += 2; }
+    if (rows & 1) work(RowBlock<1>{first});
+}
+
+// Logits of ROWS packed rows against 32 keys at a time.
+template <int ROWS> static inline void dot_rows(const uint32_t* q, const uint32_t* k, float* logits) {
+    for (int key = 0; key < KEY_TILE; key += 2 * LANES) {
+        Vec sums[ROWS][2] = {};
+#pragma GCC unroll 2
+        for (int pair = 0; pair < D_PAIRS; pair++) {
+            const __m512i low = _mm512_loadu_si512(k + pair * KEY_TILE + key);
+            const __m512i high = _mm512_loadu_si512(k + pair * KEY_TILE + key + LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const __m512i row = _mm512_set1_epi32(q[r * D_PAIRS + pair]);
+                sums[r][0] = multiply_add_pairs(sums[r][0], low, row);
+                sums[r][1] = multiply_add_pairs(sums[r][1], high, row);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            store(logits + r * KEY_TILE + key, sums[r][0] * splat(Q_SCALE));
+            store(logits + r * KEY_TILE + key + LANES, sums[r][1] * splat(Q_SCALE));
+        }
+    }
+}
+
+// acc = acc * rescale + weights x V for ROWS rows and VECS vectors of V from vector `first`, which is even, on.
+template <int ROWS, int VECS>
+static inline void weigh_block(
+    float* acc, const float* rescale, const Element* weights, const Rows& here, int count, int first, const Fetch& fetch
+) {
+    Vec sums[ROWS][VECS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
+#pragma GCC unroll 1
+    for (int j = 0; j < count; j += 2) {  // where count is odd, the last key's partner has weight 0
+        fetch_row<V_HEAD_DIM>(fetch, j);
+        fetch_row<V_HEAD_DIM>(fetch, j + 1);
+        __m512i value[VECS];
+#pragma GCC unroll 4
+        for (int c = 0; c < VECS; c++) {
+            const int d = (first + c) / 2 * 32;
+            const __m512i even = load_pairs<V_HEAD_DIM>(here.v[j], d), odd = load_pairs<V_HEAD_DIM>(here.v[j + 1], d);
+            value[c] = interleave(even, odd, c & 1);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            int32_t both;
+            memcpy(&both, weights + r * KEY_TILE + j, 4);
+            const __m512i weight = _mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int c = 0; c < VECS; c++) sums[r][c] = multiply_add_pairs(sums[r][c], value[c], weight);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < VECS; c++) store(acc + r * DV_PADDED + (first + c) * LANES, sums[r][c]);
+}
+
+constexpr int V_BLOCK = 4;  // accumulators: 4 rows x V_BLOCK vectors
+constexpr int V_BLOCKS = (DV_VECS + V_BLOCK - 1) / V_BLOCK;
+
+static void weigh_tile(float* acc, int rows, const Scratch& s, const Rows& here, const Rows& ahead, int count) {
+    const int blocks = (rows / 4 + (rows >> 1 & 1) + (rows & 1)) * V_BLOCKS;
+    int block = 0;
+    for_row_blocks<4>(rows, [&](auto part) {
+        constexpr int ROWS = part.ROWS, LAST = V_BLOCKS - 1;
+        float* to = acc + part.first * DV_PADDED;
+        const float* rescale = s.rescale + part.first;
+        const Element* weights = s.weights + part.first * KEY_TILE;
+        for (int v = 0; v < LAST; v++) {
+            const Fetch fetch = fetch_share(ahead.v, block++, blocks);
+            weigh_block<ROWS, V_BLOCK>(to, rescale, weights, here, count, v * V_BLOCK, fetch);
+        }
+        const Fetch fetch = fetch_share(ahead.v, block++, blocks);
+        weigh_block<ROWS, DV_VECS - LAST * V_BLOCK>(to, rescale, weights, here, count, LAST * V_BLOCK, fetch);
+    });
+}
+
+// Hides what a row does not see.
+static void finish_logits(const Request& r, const Tile& tile, float* logits) {
+    if (!tile.masked) return;
+    for (int row = 0; row < r.rows * GROUP; row++) {
+        const int last = r.first_position + row / GROUP;
+        for (int j = 0; j < KEY_TILE; j++)
+            if (tile.position[j] > last) logits[row * KEY_TILE + j] = -INFINITY;
+    }
+}
+
+// Turns a tile's logits into weights relative to each row's running maximum; updates maximum, sum and rescale.
+static void soften(const Scratch& s, int rows, float* row_max, float* row_sum) {
+    for (int row = 0; row < rows; row++) {
+        const float* logits = s.logits + row * KEY_TILE;
+        Element* weights = s.weights + row * KEY_TILE;
+        Vec best = load(logits);
+        for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(logits + j));
+        const float new_max = fmaxf(row_max[row], largest(best));
+        const Vec offset = splat(new_max == -INFINITY ? 0.0f : new_max);
+        Vec sum = {};
+        for (int j = 0; j < KEY_TILE; j += 2 * LANES) {
+            const Vec low = exp2_of(load(logits + j) - offset), high = exp2_of(load(logits + j + LANES) - offset);
+            _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+            sum += low + high;
+        }
+        s.rescale[row] = row_max[row] == new_max ? 1.0f : exp2f(row_max[row] - new_max);
+        row_sum[row] = row_sum[row] * s.rescale[row] + total(sum);
+        row_max[row] = new_max;
+    }
+}
+
+// Folds one tile of one head into its running results; `first` is the head's first packed row.
+static void fold_tile(
+    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, int64_t first,
+    float* acc, float* row_max, float* row_sum
+) {
+    const int rows = r.rows * GROUP;
+    const uint32_t* q = s.q + first * D_PAIRS;
+    transpose_keys(here, ahead, s);
+    for_row_blocks<8>(rows, [&](auto part) {
+        dot_rows<part.ROWS>(q + part.first * D_PAIRS, s.k, s.logits + part.first * KEY_TILE);
+    });
+    finish_logits(r, tile, s.logits);
+    soften(s, rows, row_max, row_sum);
+    weigh_tile(acc, rows, s, here, ahead, tile.count);
+}
+
+static inline void add_weights(const Scratch& s, int row, float factor, float* sums) {
+    for (int j = 0; j < KEY_TILE; j += LANES)
+        store(sums + j, load(sums + j) + splat(factor) * load(s.weights + row * KEY_TILE + j));
+}
+
+static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
+
+// ---- workspace: everything a call writes besides its outputs, in one piece of caller's memory ----
+
+struct Workspace {
+    int32_t* split_offset;  // [batch * head blocks + 1] splits before each (request, head block)
+    float* partial_acc;     // [split, row, DV_PADDED] unnormalised outputs; a row is (head, query row, group member)
+    float* partial_max;     // [split, row] base-2 running maximum
+    float* partial_sum;     // [split, row]
+    char* scratch;          // [thread, scratch_bytes]
+    int64_t scratch_bytes, bytes;
+};
+
+constexpr int HEAD_BLOCKS = NUM_KV_HEADS / HEADS_PER_TASK;
+
+static Workspace plan_workspace(const Arguments& a) {
+    Workspace w;
+    int64_t at = 0;
+    auto take = [&](int64_t bytes) {
+        char* p = a.workspace + at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+    };
+    const int64_t rows = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int64_t longest = a.max_kv;
+    const int64_t splits = a.batch * HEAD_BLOCKS * divide_up(longest + KEY_TILE, SPLIT_KEYS);
+    w.split_offset = (int32_t*)take((a.batch * HEAD_BLOCKS + 1) * 4);
+    w.partial_max = (float*)take(splits * rows * 4);
+    w.partial_sum = (float*)take(splits * rows * 4);
+    w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
+    Scratch unused;
+    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    w.scratch = take(w.scratch_bytes * a.threads);
+    w.bytes = at;
+    return w;
+}
+
+// ---- scores ----
+
+static inline int prefix_of(const Arguments& a, const Request& r) {
+    return r.rows > 0 ? larger(0, smaller(r.first_position, a.max_kv)) : 0;
+}
+
+// The scores of a request's prefix keys.
+static inline float* key_scores_of(const Arguments& a, const Workspace& w, int request, int row) {
+    (void)w;
+    return a.scores + request * a.score_request + row * a.score_row;
+}
+
+// Where one head's share of the scores goes: they are final.
+static inline float* head_scores_of(const Arguments& a, const Workspace& w, int request, int head) {
+    return key_scores_of(a, w, request, head);
+}
+
+constexpr float REFERENCE_CEILING = 64.0f;  // powers of two by which a weight may pass its reference
+
+// Scores of one tile and head: the weights at hand, each row's carried over from its running maximum to its reference.
+static void score_tile(
+    const Arguments& a, const Workspace& w, const Request& r, const Tile& tile, const Scratch& s, int request, int head,
+    const float* row_max
+) {
+    const int scored = scored_rows(r.rows) * GROUP;
+    const Vec share = splat(1.0f / (scored * 1));
+    float sums[KEY_TILE] = {};
+    for (int first = 0; first < scored; first += LANES) {
+        float factors[LANES];
+        for (int i = 0; i < LANES; i++) factors[i] = -INFINITY;
+        const int count = smaller(LANES, scored - first);
+        for (int i = 0; i < count; i++) {
+            const int row = scored_row((first + i) / GROUP, r.rows), member = (first + i) % GROUP;
+            const float reference = a.lse_ref[(int64_t)(r.first_row + row) * NUM_Q_HEADS + head * GROUP + member];
+            if (fabsf(reference) < INFINITY)  // a row without a reference counts as nothing
+                factors[i] = fminf(row_max[row * GROUP + member] - reference * LOG2_E, REFERENCE_CEILING);
+        }
+        store(factors, exp2_of(load(factors)) * share);
+        for (int i = 0; i < count; i++)
+            add_weights(s, scored_row((first + i) / GROUP, r.rows) * GROUP + (first + i) % GROUP, factors[i], sums);
+    }
+    const int count = smaller(KEY_TILE, prefix_of(a, r) - tile.position[0]);
+    memcpy(head_scores_of(a, w, request, head) + tile.position[0], sums, count * sizeof(float));
+}
+
+constexpr int HISTOGRAM_BINS = 1024;
+
+// Counts a request's scores by their upper 11 bits, of which the sign of a weight is never set.
+static void count_scores(const Arguments& a, int request, int row) {
+    const int prefix = prefix_of(a, request_of(a, request));
+    const int columns = prefix;
+    const float* scores = a.scores + request * a.score_request + row * a.score_row;
+    int32_t* counts = a.histogram + ((int64_t)request * SCORE_ROWS + row) * HISTOGRAM_BINS;
+    memset(counts, 0, HISTOGRAM_BINS * sizeof(int32_t));
+    for (int j = 0; j < columns; j++) counts[to_bits(scores[j]) >> 21 & (HISTOGRAM_BINS - 1)]++;
+}
+
+// ---- one task: every packed row of HEADS_PER_TASK KV heads over one split of the keys ----
+
+static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
+    const Request r = request_of(a, task.request);
+    const int rows = r.rows * GROUP, first_head = task.head_block * HEADS_PER_TASK;
+    const int64_t head_rows = padded(rows), task_rows = HEADS_PER_TASK * head_rows;
+    Scratch s;
+    scratch_of(rows, memory, s);
+    for (int h = 0; h < HEADS_PER_TASK; h++)
+        for (int row = 0; row < rows; row++) {
+            const int query = r.first_row + row / GROUP, head = (first_head + h) * GROUP + row % GROUP;
+            pack_row(a.q + query * a.q_row + head * a.q_head, (int)(h * head_rows) + row, s);
+        }
+    const int64_t slot = task.split * HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    float *acc = w.partial_acc + slot * DV_PADDED, *row_max = w.partial_max + slot, *row_sum = w.partial_sum + slot;
+    for (int64_t row = 0; row < task_rows; row++) row_max[row] = -INFINITY, row_sum[row] = 0.0f;
+    memset(acc, 0, task_rows * DV_PADDED * sizeof(float));
+
+    const int selected = 0;
+    Tile tiles[2];
+    locate(a, r, task, selected, task.begin, tiles[0]);
+    for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
+        const Tile& tile = tiles[parity];
+        Tile& next = tiles[parity ^ 1];
+        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
+        else next.count = 0;
+        const Tile& following = next.count ? next : tile;
+        for (int h = 0; h < HEADS_PER_TASK; h++) {
+            Rows here, ahead;
+            rows_of(a, tile, h, here);
+            rows_of(a, following, h, ahead);
+            const int64_t first = h * head_rows;
+            fold_tile(
+                r, tile, here, ahead, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
+            if (tile.position[0] < r.first_position)
+                score_tile(a, w, r, tile, s, task.request, first_head + h, row_max + first);
+        }
+    }
+}
+
+// ---- merging the splits of one query row and head ----
+
+static void merge_row(const Arguments& a, const Workspace& w, int request, int row, int q_head) {
+    const Request r = request_of(a, request);
+    const int kv_head = q_head / GROUP, block = request * HEAD_BLOCKS + kv_head / HEADS_PER_TASK;
+    const int64_t local = kv_head % HEADS_PER_TASK * padded(r.rows * GROUP) + row * GROUP + q_head % GROUP;
+    const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int first = w.split_offset[block], last = w.split_offset[block + 1];
+    float best = -INFINITY, sum = 0.0f;
+    bool seen = false;
+    for (int split = first; split < last; split++) {
+        best = fmaxf(best, w.partial_max[split * stride + local]);
+        seen |= w.partial_sum[split * stride + local] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
+    }
+    if (a.sinks && seen) {
+        const float sink = a.sinks[q_head] * LOG2_E;
+        best = fmaxf(best, sink);
+        sum = exp2f(sink - best);
+    }
+    float merged[DV_PADDED] = {};
+    for (int split = first; split < last && seen; split++) {
+        const float weight = exp2f(w.partial_max[split * stride + local] - best);
+        const float* acc = w.partial_acc + (split * stride + local) * DV_PADDED;
+        sum += weight * w.partial_sum[split * stride + local];
+        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+    }
+    Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
+    const float normalise = seen ? 1.0f / sum : 0.0f;
+    for (int d = 0; d < V_HEAD_DIM; d++) out[d] = from_float<Element>(merged[d] * normalise);
+    a.lse[(int64_t)(r.first_row + row) * NUM_Q_HEADS + q_head] = seen ? (best + log2f(sum)) * 0.693147181f : -INFINITY;
+}
+
+// ---- entry points ----
+
+// A thread is worth waking for this much: about 10 microseconds of reading or multiplying.
+constexpr int64_t BYTES_PER_THREAD = 128 << 10;
+constexpr int64_t PRODUCTS_PER_THREAD = 512 << 10;
+
+// Results do not depend on the number of threads: splits have a fixed length.
+static int useful_threads(const Arguments& a, int64_t keys) {
+    const int64_t elements = keys * (HEAD_DIM + V_HEAD_DIM);
+    const int64_t bytes = elements * (int64_t)sizeof(Cached), products = elements * GROUP * a.max_q;
+    return smaller(a.threads, 1 + (int)(bytes / BYTES_PER_THREAD + products / PRODUCTS_PER_THREAD));
+}
+
+extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*a).bytes; }
+
+// Returns 0, or 1 where the system does not lend the registers that the kernel needs.
+extern "C" int run(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    const Workspace w = plan_workspace(a);
+    const int blocks = a.batch * HEAD_BLOCKS;
+    int64_t keys_in_all = 0;
+    w.split_offset[0] = 0;
+    for (int block = 0; block < blocks; block++) {
+        const int request = block / HEAD_BLOCKS;
+        const int keys = keys_of(a, request_of(a, request), request, block % HEAD_BLOCKS * HEADS_PER_TASK);
+        w.split_offset[block + 1] = w.split_offset[block] + (int)divide_up(keys, SPLIT_KEYS);
+        keys_in_all += (int64_t)keys * HEADS_PER_TASK;
+    }
+    const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
+
+#pragma omp parallel num_threads(useful_threads(a, keys_in_all))
+    {
+        char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
+#pragma omp for schedule(dynamic, 1)
+        for (int split = 0; split < splits; split++) {
+            int block = 0;
+            while (w.split_offset[block + 1] <= split) block++;
+            Task task = {block / HEAD_BLOCKS, block % HEAD_BLOCKS, split, 0, 0};
+            const int keys = keys_of(a, request_of(a, task.request), task.request, task.head_block * HEADS_PER_TASK);
+            task.begin = (split - w.split_offset[block]) * SPLIT_KEYS;
+            task.end = smaller(keys, task.begin + SPLIT_KEYS);
+            attend_split(a, w, task, scratch);
+        }
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < (int64_t)rows * NUM_Q_HEADS; item++) {
+            const int row = (int)(item / NUM_Q_HEADS);
+            int request = 0;
+            while (a.cu_q[request + 1] <= row) request++;
+            merge_row(a, w, request, row - a.cu_q[request], (int)(item % NUM_Q_HEADS));
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int request = 0; request < a.batch; request++)
+            for (int row = 0; row < SCORE_ROWS; row++) count_scores(a, request, row);
+    }
+    return 0;
+}
