@@ -25,7 +25,7 @@ from specattn_runtime.round import Decoder
 from specattn_runtime.stopwatch import Stopwatch
 from tiny_models import STRETCHED, TRAINED, one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
-SPECULATIVE = ["vegas", "pillar", "streaming"]
+SPECULATIVE = ["vegas", "pillar", "streaming", "reference"]
 CODE = b"""class Reader:
     def __init__(self, stream):
         self.stream = stream
@@ -189,7 +189,7 @@ def test_verification_leaves_nothing_of_the_drafts_behind(wavy: Llama) -> None:
     view = drafted.prefill([prompt], 5).view
     untouched.prefill([prompt], 5)
     assert view is not None
-    tokens = drafted.draft(torch.tensor([[7]]), [4], view)
+    tokens = drafted.draft(torch.tensor([[7]]), [4], view).tokens
     assert not torch.equal(drafted.cache.keys, untouched.cache.keys)
     drafted.cache.rewind(0, 40)
     ours = drafted.verify(tokens, [5], spec.preset.score)
@@ -221,7 +221,7 @@ def test_drafts_agree_with_dense_decoding_of_the_same_keys(wavy: Llama) -> None:
     with torch.inference_mode():
         view = decoder.prefill([prompt], 5).view
         assert view is not None
-        tokens = decoder.draft(torch.tensor([[7]]), [4], view)
+        tokens = decoder.draft(torch.tensor([[7]]), [4], view).tokens
         decoder.cache.rewind(0, 20)
         targets = decoder.verify(tokens, [5], None).targets
         accepted = int(accept_greedy(tokens[:, 1:], targets, torch.tensor([4])))

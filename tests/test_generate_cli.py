@@ -32,7 +32,7 @@ def cells(output: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│ ").split("│")][1:]
 
 
-@pytest.mark.parametrize("preset", ["vegas", "pillar", "streaming", "dense"])
+@pytest.mark.parametrize("preset", ["vegas", "pillar", "reference", "streaming", "dense"])
 def test_the_strict_proof(preset: str) -> None:
     output = invoke(
         *("--prompt", PROMPT, "--preset", preset, "--dtype", "float64", "--min-budget", "4"),

@@ -14,6 +14,8 @@ from specattn_runtime.presets import PRESETS, preset_named
 def test_the_published_scores() -> None:
     assert preset_named("vegas").score == ScoreSpec(rows="ends", heads="layer")
     assert preset_named("pillar").score == ScoreSpec(rows="all", heads="kv_head")
+    assert preset_named("reference").score == ScoreSpec(rows="all", heads="kv_head", normaliser="reference")
+    assert [name for name, preset in PRESETS.items() if preset.uses_references] == ["reference"]
     assert preset_named("streaming").score is None
     assert preset_named("streaming").sink > 0
     assert [name for name, preset in PRESETS.items() if not preset.drafts] == ["dense"]
@@ -23,7 +25,7 @@ def test_the_published_scores() -> None:
 @pytest.mark.parametrize("name", ["draft-guided", "nsa-verify"])
 def test_planned_presets_are_refused_as_planned(name: str) -> None:
     with pytest.raises(
-        SpecError, match=f"'{name}': planned, not available yet; available: vegas, pillar, streaming, dense"
+        SpecError, match=f"'{name}': planned, not available yet; available: vegas, pillar, reference, streaming, dense"
     ):
         preset_named(name)
 

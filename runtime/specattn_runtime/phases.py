@@ -30,13 +30,18 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verify:
-    """Attention over the whole cache; gathers each layer's scores [B, S, max_kv] when asked for them."""
+    """Attention over the whole cache; gathers each layer's lse [total_q, Hq] and, if asked for, scores [B, S, max_kv].
+
+    references [layers, total_q, Hq] go with a score that is normalised by them.
+    """
 
     kernels: AttentionKernels
     cache: PagedCache
     rows: Rows
     score: ScoreSpec | None
+    references: torch.Tensor | None = None
     scores: list[torch.Tensor] = field(default_factory=list)
+    lses: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
@@ -50,7 +55,9 @@ class Verify:
             max_q=self.rows.max_q,
             max_kv=self.rows.max_kv,
             score=self.score,
+            lse_ref=None if self.references is None else self.references[layer],
         )
+        self.lses.append(verified.lse)
         if verified.scores is not None:
             self.scores.append(verified.scores)
         return verified.out
@@ -58,17 +65,18 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """Attention over the layer's selected keys and every key from tail_start [B] on."""
+    """Attention over the layer's selected keys and every key from tail_start [B] on; gathers each layer's lse."""
 
     kernels: AttentionKernels
     cache: PagedCache
     rows: Rows
     selections: Sequence[Selection]
     tail_start: torch.Tensor
+    lses: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
-        return self.kernels.sparse_attention(
+        attended = self.kernels.sparse_attention(
             q,
             self.cache.keys[layer],
             self.cache.values[layer],
@@ -79,4 +87,6 @@ class Draft:
             self.tail_start,
             max_q=self.rows.max_q,
             max_kv=self.rows.max_kv,
-        ).out
+        )
+        self.lses.append(attended.lse)
+        return attended.out

@@ -33,6 +33,11 @@ class Preset:
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}={getattr(self, name)}: must be at least 0 keys")
 
+    @property
+    def uses_references(self) -> bool:
+        """Whether scores are normalised by what the draft steps computed, from the first round with drafts on."""
+        return self.score is not None and self.score.normaliser == "reference"
+
 
 PRESETS = {
     preset.name: preset
@@ -47,6 +52,12 @@ PRESETS = {
             name="pillar",
             summary="all verify rows, one selection per KV head (arXiv 2512.01278)",
             score=ScoreSpec(rows="all", heads="kv_head"),
+            min_budget=192,
+        ),
+        Preset(
+            name="reference",
+            summary="as pillar, its scores normalised by the draft steps' log-sum-exp: approximate, one pass, no dump",
+            score=ScoreSpec(rows="all", heads="kv_head", normaliser="reference"),
             min_budget=192,
         ),
         Preset(

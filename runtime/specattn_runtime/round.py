@@ -5,6 +5,8 @@ Knows how a round goes, not when a request ends or what is measured.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from specattn_runtime.llama import Llama
 from specattn_runtime.paged_cache import PagedCache, Rows
 from specattn_runtime.phases import Draft, Prefill, Verify
 from specattn_runtime.presets import Preset
+from specattn_runtime.references import row_references
 from specattn_runtime.stopwatch import Stopwatch
 
 NOTHING = -1  # pads token rows where a request has fewer rows than the longest
@@ -26,10 +29,26 @@ NOTHING = -1  # pads token rows where a request has fewer rows than the longest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftView:
-    """What drafts read: one selection a layer, of keys below tail_start [B] int32, and every key from there on."""
+    """What drafts read: one selection a layer, of keys below tail_start [B] int32, and every key from there on.
+
+    lse [layers, B, Hq] is that of each request's last verified row; None where the preset uses no references.
+    """
 
     selections: tuple[Selection, ...]
     tail_start: torch.Tensor
+    lse: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted:
+    """Each token and its drafts, padded where a request has fewer drafts than the most.
+
+    tokens      [B, 1 + drafts] int64
+    references  [layers, B, 1 + drafts, Hq], see row_references; None where the preset uses none
+    """
+
+    tokens: torch.Tensor
+    references: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,22 +112,28 @@ class Decoder:
         """
         prefixes = list(self.cache.lengths)
         with self.stopwatch.phase("draft"):
-            tokens = self._token_rows([[token] for token in newest])
+            drafted = Drafted(tokens=self._token_rows([[token] for token in newest]))
             if view is not None:
-                tokens = self.draft(tokens, draft_lens, view)
+                drafted = self.draft(drafted.tokens, draft_lens, view)
             self.rewind(prefixes)
         counts = [length + 1 if living else 0 for length, living in zip(draft_lens, alive, strict=True)]
-        verified = self.verify(tokens, counts, self.preset.score if self.preset.drafts else None)
-        accepted = accept_greedy(tokens[:, 1:], verified.targets, torch.tensor(draft_lens, device=tokens.device))
+        score = self.preset.score if self.preset.drafts else None
+        verified = self.verify(drafted.tokens, counts, score, drafted.references)
+        drafts = drafted.tokens[:, 1:]
+        accepted = accept_greedy(drafts, verified.targets, torch.tensor(draft_lens, device=drafts.device))
         kept = [some + 1 if living else 0 for some, living in zip(accepted.tolist(), alive, strict=True)]
         self.rewind([prefix + count for prefix, count in zip(prefixes, kept, strict=True)])
         choices = zip(kept, verified.targets.tolist(), verified.margins.tolist(), draft_lens, strict=True)
         emitted = [Emitted(tokens=row[:n], margins=margins[:n], drafted=length) for n, row, margins, length in choices]
         return emitted, verified.view
 
-    def draft(self, newest: torch.Tensor, draft_lens: Sequence[int], view: DraftView) -> torch.Tensor:
-        """newest [B, 1] -> [B, 1 + max(draft_lens)], each token and its drafts, whose keys stay in the cache."""
+    def draft(self, newest: torch.Tensor, draft_lens: Sequence[int], view: DraftView) -> Drafted:
+        """newest [B, 1] -> each request's token and its drafts, whose keys stay in the cache.
+
+        The references of a request without drafts are the lse of its last verified row.
+        """
         tokens = torch.nn.functional.pad(newest, (0, max(draft_lens)), value=NOTHING)
+        lses: list[torch.Tensor] = []  # of each step [layers, B, Hq], NaN for requests it did not run
         for step in range(max(draft_lens)):
             rows = self.cache.extend([int(step < length) for length in draft_lens])
             attention = Draft(
@@ -120,13 +145,33 @@ class Decoder:
             )
             hidden = self.model.forward(tokens[rows.requests, step], rows.positions, attention)
             tokens[rows.requests, step + 1] = self.model.logits(hidden).argmax(dim=1)
-        return tokens
+            if view.lse is not None:
+                lses.append(torch.full_like(view.lse, math.nan))
+                lses[-1][:, rows.requests] = torch.stack(attention.lses)
+        return Drafted(tokens=tokens, references=None if view.lse is None else row_references(lses, view.lse))
 
-    def verify(self, tokens: torch.Tensor, counts: Sequence[int], score: ScoreSpec | None) -> Verified:
-        """The first counts[b] of tokens [B, N] over the whole cache; overwrites provisional keys in their slots."""
+    def verify(
+        self,
+        tokens: torch.Tensor,
+        counts: Sequence[int],
+        score: ScoreSpec | None,
+        references: torch.Tensor | None = None,
+    ) -> Verified:
+        """The first counts[b] of tokens [B, N] over the whole cache; overwrites provisional keys in their slots.
+
+        references [layers, B, N, Hq], for a score normalised by them; without any it is the exact score.
+        """
+        if score is not None and references is None:
+            score = dataclasses.replace(score, normaliser="exact")
         with self.stopwatch.phase("verify"):
             rows = self.cache.extend(counts)
-            attention = Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=score)
+            attention = Verify(
+                kernels=self.kernels,
+                cache=self.cache,
+                rows=rows,
+                score=score,
+                references=None if references is None else references[:, rows.requests, rows.offsets],
+            )
             hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
             logits = self.model.logits(hidden)
             best = logits.topk(2, dim=1).values.double()
@@ -135,17 +180,17 @@ class Decoder:
             margins = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
             margins[rows.requests, rows.offsets] = best[:, 0] - best[:, 1]
         with self.stopwatch.phase("select"):
-            view = self.select(attention.scores, rows) if self.preset.drafts else None
+            view = self.select(attention, rows) if self.preset.drafts else None
         return Verified(targets=targets, margins=margins, view=view)
 
-    def select(self, scores: Sequence[torch.Tensor], rows: Rows) -> DraftView:
+    def select(self, verified: Verify, rows: Rows) -> DraftView:
         """The keys the next drafts read, of all layers in one call; without scores, every layer keeps the newest."""
-        batch = len(rows.prefix_lens)
+        batch, scores = len(rows.prefix_lens), verified.scores
         if not scores:
             # Ranking keys by position is exact in float32 up to 2^24 keys.
             scores = [torch.arange(rows.max_kv, dtype=torch.float32, device=self.model.device).repeat(batch, 1, 1)]
         chosen = self.kernels.select_kv(
-            torch.cat(list(scores)),
+            torch.cat(scores),
             rows.prefix_lens.repeat(len(scores)),
             self.policy,
             sink=self.preset.sink,
@@ -156,7 +201,11 @@ class Decoder:
             for indices, counts in zip(chosen.indices.split(batch), chosen.counts.split(batch), strict=True)
         ]
         repeats = self.model.config.num_layers // len(per_layer)
-        return DraftView(selections=tuple(per_layer * repeats), tail_start=rows.prefix_lens)
+        return DraftView(
+            selections=tuple(per_layer * repeats),
+            tail_start=rows.prefix_lens,
+            lse=torch.stack(verified.lses)[:, rows.cu_q[1:] - 1] if self.preset.uses_references else None,
+        )
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Cuts every request's keys back to its length."""
