@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from rich.console import Console
@@ -14,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specattn_codegen import environment
 from specattn_codegen.arch import Arch
+from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PROCESSOR = "this machine: "
+WIDTH = 118
 
 
 def processor(arch: Arch) -> str:
@@ -75,14 +78,41 @@ def require_writable(path: Path, option: str) -> None:
         raise SpecError(f"{option} {path}: cannot be written ({error.strerror}); choose another file") from error
 
 
-def progress_bar(screen: Console) -> Progress:
-    """Shown on a terminal only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    )
+def screen() -> Console:
+    """For stdout, wide enough for a table: a terminal that is narrower wraps lines rather than losing numbers."""
+    found = console()
+    return found if found.width >= WIDTH else Console(highlight=False, width=WIDTH)
+
+
+class Bar:
+    """A progress bar on a terminal. It is drawn when something happens and never in between: a thread that redraws
+    would take its share of the cores that are being timed."""
+
+    def __init__(self, steps: int) -> None:
+        shown = console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=shown,
+            transient=True,
+            auto_refresh=False,
+            disable=not shown.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, what: str) -> None:
+        self._progress.update(self._task, description=what, refresh=True)
+
+    def advance(self) -> None:
+        self._progress.update(self._task, advance=1, refresh=True)

@@ -17,7 +17,6 @@ from specattn_bench.verify_series import SCORES, Asked, Case, Series
 from specattn_bench.verify_standing import Standing, standings
 from specattn_codegen import cpu_info
 from specattn_codegen.arch import Arch
-from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import CompileJob
@@ -128,9 +127,9 @@ def measure(asked: Asked, arch: Arch, seconds: float, places: Sequence[Path], pl
     found = standings(series, asked, best)
     device = f"{report.processor(arch)} ({arch.target}), {torch.get_num_threads()} threads"
     title = f"measured: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys, {device}"
-    verify_report.show(series, found, (before, after), title, console())
+    verify_report.show(series, found, (before, after), title, report.screen())
     if load > BUSY:
-        console().print(f"the machine was busy before the run (load average {load}): repeat it when it is idle")
+        report.screen().print(f"the machine was busy before the run (load average {load}): repeat it when it is idle")
     by_series = {standing.series: standing for standing in found}
     answer = {
         **report.header("verify", arch, load),
@@ -149,14 +148,14 @@ def time_cases(asked: Asked, arch: Arch, seconds: float) -> tuple[list[Series], 
     """All series, and the ceilings before and after them."""
     dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in asked.cases]))
     series: list[Series] = []
-    with report.progress_bar(console()) as bar:
-        task = bar.add_task("ceilings", total=len(asked.cases))
+    with report.Bar(len(asked.cases)) as bar:
+        bar.say("ceilings")
         before = ceilings.measure(arch, dtypes)
         for case in asked.cases:
-            bar.update(task, description=case.name)
+            bar.say(case.name)
             series += measure_case(asked, case, arch, seconds)
-            bar.advance(task)
-        bar.update(task, description="ceilings")
+            bar.advance()
+        bar.say("ceilings")
         after = ceilings.measure(arch, dtypes)
     return series, before, after
 
@@ -195,7 +194,7 @@ def model(asked: Asked, archs: Sequence[Arch], json_path: Path | None) -> None:
         report.require_writable(json_path, "--json")
     found = predict_cases(asked, archs)
     title = f"modelled: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys; no GPU was timed"
-    verify_report.show_modelled(found, title, console())
+    verify_report.show_modelled(found, title, report.screen())
     if json_path is not None:
         answer = {
             "question": "verify",
@@ -210,9 +209,9 @@ def predict_cases(asked: Asked, archs: Sequence[Arch]) -> list[Modelled]:
     chosen = verify_modelled.choices(asked, archs)
     jobs = verify_modelled.compile_jobs(chosen)
     outcomes: dict[CompileJob, Outcome] = {}
-    with report.progress_bar(console()) as bar:
-        task = bar.add_task("compiling", total=len(jobs))
+    with report.Bar(len(jobs)) as bar:
+        bar.say("compiling")
         for job, outcome in verify_modelled.compiled(jobs):
             outcomes[job] = outcome
-            bar.advance(task)
+            bar.advance()
     return verify_modelled.predicted(chosen, outcomes)

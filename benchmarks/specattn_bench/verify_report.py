@@ -16,9 +16,8 @@ from specattn_bench.verify_series import Asked, Case, Series
 from specattn_bench.verify_standing import Standing
 from specattn_codegen.cli.progress import microseconds
 
-TEXT_COLUMNS = ("case", "series", "gpu", "scores", "binds", "label")
-MEASURED = ("case", "series", "median", "20-80 %", "GB/s", "of read", "of floor", "of method", "over none", "x best")
-COLUMNS = (*MEASURED, "x plain")
+TEXT_COLUMNS = ("series", "gpu", "case", "scores", "plan", "binds", "label")
+COLUMNS = ("series", "median", "20-80 %", "GB/s", "of read", "of floor", "of method", "over none", "x best", "x plain")
 LEGEND = (
     "of read: bytes of K and V a second, of the read ceiling. of floor: the longer of bytes at the read ceiling and",
     "operations at the multiply ceiling, over the median. of method: the same with what this way to scores adds.",
@@ -107,7 +106,7 @@ def modelled_result(modelled: Modelled) -> dict[str, object]:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True)
     return table
@@ -123,13 +122,13 @@ def show(
     """measured: the ceilings before and after the run."""
     by_series = {standing.series: standing for standing in standings}
     table = _table(title, COLUMNS)
-    for above, one in zip((None, *series), series, strict=False):
-        is_first = above is None or above.case != one.case
-        if is_first and above is not None:
-            table.add_section()
-        standing = by_series.get(one)
-        cells = ("not served",) if standing is None else _cells(standing)
-        table.add_row(one.case.name if is_first else "", one.label, *cells)
+    for case in dict.fromkeys(one.case for one in series):
+        table.add_row(case.name, style="bold")
+        for one in (one for one in series if one.case == case):
+            standing = by_series.get(one)
+            cells = ("not served",) if standing is None else _cells(standing)
+            table.add_row(f"  {one.label}", *cells)
+        table.add_section()
     screen.print(table)
     for reason in dict.fromkeys(f"{one.case.dtype}, {one.label}: {one.refused}" for one in series if one.refused):
         screen.print(reason, markup=False, soft_wrap=True)

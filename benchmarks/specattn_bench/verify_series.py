@@ -74,4 +74,6 @@ class Series:
 
     @property
     def label(self) -> str:
-        return self.name if self.kind == "peer" else f"ours, scores {self.name}"
+        if self.kind == "peer":
+            return self.name
+        return f"ours, {self.name if self.scored else 'no scores'}"
