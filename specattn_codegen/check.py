@@ -151,7 +151,7 @@ def check_selection(call: SelectCall) -> Verdict:
 
 def _mass_bounds(policy: Policy) -> tuple[Policy, Policy]:
     """The policies between which a selection may lie; p=1 takes every key with a mass, whatever the rounding."""
-    if not isinstance(policy, TopP) or policy.p == 1.0:
+    if not isinstance(policy, TopP) or (policy.p == 1.0 and policy.bisection_steps is None):
         return policy, policy
     least, most = max(0.0, policy.p - MASS_TOLERANCE), min(1.0, policy.p + MASS_TOLERANCE)
     return dataclasses.replace(policy, p=least), dataclasses.replace(policy, p=most)

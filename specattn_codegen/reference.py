@@ -176,7 +176,7 @@ def bisected_threshold(free: torch.Tensor, forced_mass: float, policy: TopP, ste
     low, high = 0.0, float(free.max()) if len(free) else 0.0
     for _ in range(steps):
         middle = float(torch.tensor(0.5 * (low + high), dtype=torch.float32))
-        if forced_mass + float(free[free >= middle].sum()) >= target:
+        if forced_mass + float(torch.where(free >= middle, free, 0.0).sum()) >= target:
             low = middle
         else:
             high = middle

@@ -15,7 +15,7 @@ FEW_CORES = 8  # whose tasks may take every head of a layer, which reads memory 
 
 def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     if spec.op == "select_kv":
-        return (Axis("radix_bits", (8, 11)), Axis("sampled", (512, 1024, 2048)))
+        return (Axis("sampled", (512, 1024, 2048, 4096)),)
     attention = (
         Axis("product", ("fma", "bf16", "amx") if _has_bfloat16_products(spec) else ("fma",)),
         Axis("key_tile", (16, 32, 64, 128)),
@@ -41,7 +41,7 @@ def _has_bfloat16_products(spec: KernelSpec) -> bool:
 
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     if spec.op == "select_kv":
-        return Plan.of("cpu", radix_bits=8, sampled=1024)
+        return Plan.of("cpu", sampled=1024)
     product, key_tile = "fma", 32
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
         product, key_tile = ("amx", 64) if arch.target in PRODUCT_TARGETS["amx"] else ("bf16", 32)

@@ -1,190 +1,505 @@
-// Top-k selection over attention scores: exact on every input, ties to the smaller index, indices ascending.
+// Selection over attention scores: the k largest, the fewest with a share of the mass, or all from a threshold on.
+// Exact on every input, ties to the smaller index, indices ascending.
 //
-// A radix select over the order-preserving integers of the scores finds the k-th largest; each pass looks only at the
-// candidates that share the bits found so far. One last pass over the row emits indices. A task is one row.
+// A row is read once where that is enough. A sample of it, or a histogram that verification left, names a floor under
+// which no score should be needed; one pass keeps what reaches the floor, and a search among the few that were kept
+// finds the exact limit. A floor that is too low keeps more than needed and one that is too high is noticed and
+// dropped, so that only time depends on the guess. A task is one row.
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #include <immintrin.h>
 
 // ---- the plan ----
-constexpr int RADIX_BITS = 11;
-constexpr int BUCKETS = 1 << RADIX_BITS;
+constexpr int SAMPLED = 1024;  // scores looked at before a row is read
 
-constexpr int SLACK = 16;  // elements a vector store may write past the last one that counts
+constexpr int RUN = 16;                    // neighbours of a sample, a cache line of them
+constexpr int SLACK = 16;                  // elements a vector store may write past the last one that counts
+constexpr int HISTOGRAM_BINS = 1024;       // of non-negative scores, by their top bits
+constexpr int HISTOGRAM_SHIFT = 21;
+constexpr float LEAST_MASS = 0x1p-149f;    // the smallest score above 0
+constexpr uint32_t SIGN = 0x80000000u, INFINITY_BITS = 0x7f800000u;
+constexpr int SUMS = 16;                   // partial sums of a row, so that additions overlap and their order is fixed
+constexpr int FEW = 32;                    // keys that are sorted rather than counted
+
+enum Policy { TOP_K, TOP_P, THRESHOLD };
+
+struct Strides { int64_t layer, request, row; };  // in elements
 
 struct Arguments {
-    const float* scores;         // [batch, rows, columns]
-    const int32_t* prefix_lens;  // [batch]
-    int32_t *indices, *counts;   // [batch, rows, width], [batch, rows]
+    const float* scores;         // [layers, batch, rows, columns]
+    const float* thresholds;     // [layers, batch, rows], or null
+    const int32_t* histogram;    // [layers, batch, rows, HISTOGRAM_BINS], or null
+    const int32_t* prefix_lens;  // [batch], in keys
+    const int32_t* page_table;   // [batch, pages], or null
+    int32_t *indices, *counts;   // [layers, batch, rows, width], [layers, batch, rows]
+    void* slots;                 // [layers, batch, rows, width] of slot_bytes, or null
     char* workspace;
-    int64_t score_request, score_row, index_request, index_row, count_request;  // strides, in elements
-    int64_t fixed_k, ratio_ppm, min_k, max_k;  // fixed_k is 0 where the budget is a ratio of the prefix
-    int32_t batch, rows, columns, width, sink, recent, threads;
+    Strides score, limit, bin, index, count, slot;
+    int64_t table_request;
+    int64_t policy, fixed_k, ratio_ppm, min_keys, max_keys;  // fixed_k is 0 where the budget is a ratio of the prefix
+    int64_t sink, recent, block;                             // in keys
+    double share;                                            // of the mass
+    float threshold;                                         // of every row, where thresholds is null
+    int32_t layers, batch, rows, columns, width, bisection_steps, pages, slots_per_page, slot_bytes, threads;
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static int64_t budget_of(const Arguments& a, int64_t prefix) {
-    if (a.fixed_k) return smaller(a.fixed_k, prefix);
-    const int64_t wanted = (a.ratio_ppm * prefix + 999999) / 1000000;
-    return smaller(smaller(larger(wanted, a.min_k), a.max_k), prefix);
-}
+// ---- scores as integers of the same order ----
 
-// Integers in the order of the scores: NaN below -infinity, -0 equal to +0.
+// NaN below -infinity, -0 equal to +0.
 static inline uint32_t ordered(float score) {
     uint32_t bits;
     memcpy(&bits, &score, 4);
-    if (score != score) return 0;
-    if (bits == 0x80000000u) bits = 0;
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    bits = bits == SIGN ? 0 : bits;
+    return score == score ? bits ^ ((uint32_t)((int32_t)bits >> 31) | SIGN) : 0;
+}
+
+static inline float score_of(uint32_t key) {
+    const uint32_t bits = key & SIGN ? key ^ SIGN : ~key;
+    float score;
+    memcpy(&score, &bits, 4);
+    return score;
 }
 
 static inline __m512i ordered(__m512 scores) {
-    const __m512i sign = _mm512_set1_epi32((int)0x80000000u);
+    const __m512i sign = _mm512_set1_epi32((int)SIGN);
     __m512i bits = _mm512_castps_si512(scores);
     bits = _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(bits, sign), bits);
     const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign);
     return _mm512_maskz_xor_epi32(_mm512_cmp_ps_mask(scores, scores, _CMP_ORD_Q), bits, flip);
 }
 
+static inline __m512i lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
 struct Scratch {
-    uint32_t *keys, *candidates;
-    int32_t* chosen;
-    uint32_t* histogram;  // four interleaved copies, so that equal neighbours do not wait for each other
+    float* values;     // scores that reach the floor, in their order
+    int32_t* indices;  // where they stand
+    uint32_t* keys;    // the same scores as integers, of which a search keeps fewer and fewer
 };
 
-static int64_t scratch_bytes(const Arguments& a) {
-    return ((int64_t)(2 * a.columns + a.width + 3 * SLACK) * 4 + BUCKETS * 16 + 63) / 64 * 64;
+static int64_t list_elements(const Arguments& a) {
+    return (larger(a.columns, larger(SAMPLED, HISTOGRAM_BINS)) + SLACK + 15) / 16 * 16;
 }
+
+static int64_t scratch_bytes(const Arguments& a) { return 3 * 4 * list_elements(a); }
 
 static Scratch scratch_of(const Arguments& a, int thread) {
-    uint32_t* at = (uint32_t*)(a.workspace + thread * scratch_bytes(a));
-    Scratch s;
-    s.histogram = at;
-    s.keys = at + 4 * BUCKETS;
-    s.candidates = s.keys + a.columns + SLACK;
-    s.chosen = (int32_t*)(s.candidates + a.columns + SLACK);
-    return s;
+    float* at = (float*)(a.workspace + thread * scratch_bytes(a));
+    return {at, (int32_t*)(at + list_elements(a)), (uint32_t*)(at + 2 * list_elements(a))};
 }
 
-// The k-th largest of keys[0 .. count) and how many equal to it belong to the k.
-struct Threshold { uint32_t key; int64_t ties; };
+// ---- passes over scores ----
 
-static Threshold kth_largest(const Scratch& s, int64_t count, int64_t k) {
-    const uint32_t* keys = s.keys;
-    uint32_t found = 0;
-    for (int shift = 32; shift > 0;) {
-        const int bits = shift < RADIX_BITS ? shift : RADIX_BITS;
-        shift -= bits;
-        const uint32_t mask = (1u << bits) - 1;
-        memset(s.histogram, 0, BUCKETS * 16);
-        int64_t i = 0;
-        for (; i + 4 <= count; i += 4) {
-            s.histogram[(keys[i] >> shift & mask) * 4]++;
-            s.histogram[(keys[i + 1] >> shift & mask) * 4 + 1]++;
-            s.histogram[(keys[i + 2] >> shift & mask) * 4 + 2]++;
-            s.histogram[(keys[i + 3] >> shift & mask) * 4 + 3]++;
-        }
-        for (; i < count; i++) s.histogram[(keys[i] >> shift & mask) * 4]++;
-        uint32_t bucket = mask;
-        for (;; bucket--) {
-            const uint32_t* h = s.histogram + bucket * 4;
-            const int64_t in_bucket = (int64_t)h[0] + h[1] + h[2] + h[3];
-            if (in_bucket >= k) break;
-            k -= in_bucket;
-        }
-        found |= bucket << shift;
-        int64_t kept = 0;  // candidates move in place after the first pass: kept never overtakes i
-        i = 0;
-        const __m512i wanted = _mm512_set1_epi32((int)bucket), all = _mm512_set1_epi32((int)mask);
-        for (; i + 16 <= count; i += 16) {
-            const __m512i key = _mm512_loadu_si512(keys + i);
-            const __m512i digit = _mm512_and_epi32(_mm512_srli_epi32(key, shift), all);
-            const __mmask16 keep = _mm512_cmpeq_epi32_mask(digit, wanted);
-            _mm512_storeu_si512(s.candidates + kept, _mm512_maskz_compress_epi32(keep, key));
-            kept += __builtin_popcount(keep);
-        }
-        for (; i < count; i++) {
-            const uint32_t key = keys[i];
-            s.candidates[kept] = key;
-            kept += (key >> shift & mask) == bucket;
-        }
-        keys = s.candidates;
-        count = kept;
-    }
-    return {found, k};
-}
-
-// Appends first + i, ascending, for the keys above the threshold and the first `ties` equal to it; returns the count.
-static int64_t emit(const uint32_t* keys, int64_t count, Threshold threshold, int32_t first, int32_t* chosen) {
-    int64_t taken = 0, i = 0;
-    const __m512i limit = _mm512_set1_epi32((int)threshold.key);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+// Keeps the scores of at least `floor`, with their indices, and returns how many; a floor of NaN keeps all.
+static int64_t keep(const float* scores, int64_t count, float floor, int32_t first, const Scratch& s) {
+    const bool all = floor != floor;
+    int64_t kept = 0, i = 0;
+    const __m512 limit = _mm512_set1_ps(floor);
+    const __mmask16 any = all ? 0xffff : 0;
+    __m512i index = _mm512_add_epi32(lanes(), _mm512_set1_epi32(first));
     for (; i + 16 <= count; i += 16) {
-        const __m512i key = _mm512_loadu_si512(keys + i);
-        uint32_t take = _mm512_cmpgt_epu32_mask(key, limit);
-        uint32_t equal = _mm512_cmpeq_epi32_mask(key, limit);
-        while (equal && threshold.ties) {
-            take |= equal & -equal;
-            equal &= equal - 1;
-            threshold.ties--;
+        const __m512 score = _mm512_loadu_ps(scores + i);
+        const __mmask16 take = _mm512_cmp_ps_mask(score, limit, _CMP_GE_OQ) | any;
+        const __m512i values = _mm512_castps_si512(_mm512_maskz_compress_ps(take, score));
+        const __m512i indices = _mm512_maskz_compress_epi32(take, index);
+        const int number = __builtin_popcount(take);
+        if (number <= 8) {  // most often, and narrow stores cross fewer cache lines
+            _mm256_storeu_si256((__m256i*)(s.values + kept), _mm512_castsi512_si256(values));
+            _mm256_storeu_si256((__m256i*)(s.indices + kept), _mm512_castsi512_si256(indices));
+        } else {
+            _mm512_storeu_si512(s.values + kept, values);
+            _mm512_storeu_si512(s.indices + kept, indices);
         }
-        const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(first + (int32_t)i));
-        _mm512_storeu_si512(chosen + taken, _mm512_maskz_compress_epi32((__mmask16)take, index));
-        taken += __builtin_popcount(take);
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+        kept += number;
     }
     for (; i < count; i++) {
-        const bool equal = keys[i] == threshold.key && threshold.ties > 0;
-        threshold.ties -= equal;
-        chosen[taken] = first + (int32_t)i;
-        taken += keys[i] > threshold.key || equal;
+        s.values[kept] = scores[i];
+        s.indices[kept] = first + (int32_t)i;
+        kept += all || scores[i] >= floor;
+    }
+    return kept;
+}
+
+// The sum of mass(0 .. count - 1) in an order that only their number fixes. Fours are added in float32, which costs a
+// share of 2^-23 and halves the time; where that overflows they are added one by one.
+template <typename Mass> static double add_up(int64_t count, Mass mass) {
+    double sums[SUMS] = {}, sum = 0.0, slow = 0.0;
+    int64_t i = 0;
+    for (; i + 4 * SUMS <= count; i += 4 * SUMS)
+        for (int j = 0; j < SUMS; j++)
+            sums[j] += (mass(i + j) + mass(i + SUMS + j)) + (mass(i + 2 * SUMS + j) + mass(i + 3 * SUMS + j));
+    for (; i < count; i++) sums[0] += mass(i);
+    for (int j = 0; j < SUMS; j++) sum += sums[j];
+    if (sum < INFINITY) return sum;
+    for (i = 0; i < count; i++) slow += mass(i);
+    return slow;
+}
+
+static double mass_from(const float* scores, int64_t count, float floor) {
+    return add_up(count, [=](int64_t i) { return scores[i] >= floor ? scores[i] : 0.0f; });
+}
+
+// Whether all scores are masses, finite and not negative, and the largest of them.
+struct Masses { bool valid; float largest; };
+
+static Masses look_at(const float* scores, int64_t count) {
+    const auto bits = [&](int64_t i) { uint32_t b; memcpy(&b, scores + i, 4); return b; };
+    const auto greater = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
+    uint32_t most[SUMS] = {};  // of the bits, which stand in the order of the scores where none has a sign
+    int64_t i = 0;
+    for (; i + 4 * SUMS <= count; i += 4 * SUMS)
+        for (int j = 0; j < SUMS; j++) {
+            const uint32_t first = greater(bits(i + j), bits(i + SUMS + j));
+            most[j] = greater(most[j], greater(first, greater(bits(i + 2 * SUMS + j), bits(i + 3 * SUMS + j))));
+        }
+    for (; i < count; i++) most[0] = greater(most[0], bits(i));
+    for (int j = 1; j < SUMS; j++) most[0] = greater(most[0], most[j]);
+    if (most[0] < INFINITY_BITS) return {true, score_of(most[0] | SIGN)};
+    Masses m = {true, 0.0f};  // a sign, which a zero may have
+    for (i = 0; i < count; i++) {
+        m.valid = m.valid && scores[i] >= 0.0f && scores[i] < INFINITY;
+        m.largest = scores[i] > m.largest ? scores[i] : m.largest;
+    }
+    return m;
+}
+
+// ---- the search ----
+
+// What a search takes: every key above `key` and the first `ties` equal to it, `taken` in all.
+constexpr int64_t EVERY = INT64_MAX;
+struct Limit { uint32_t key; int64_t ties, taken; bool reached; };
+
+// Keys from some key on: how many, and what they weigh: as much as they number, or as their scores sum up to.
+struct Weight { int64_t number; double weight; };
+
+template <bool BY_MASS> static Weight weigh(const uint32_t* keys, int64_t count, uint32_t from) {
+    int32_t number = 0;
+    for (int64_t i = 0; i < count; i++) number += keys[i] >= from;
+    if (!BY_MASS) return {number, (double)number};
+    const float* scores = (const float*)keys;
+    return {number, add_up(count, [=](int64_t i) { return keys[i] >= from ? -scores[i] : 0.0f; })};
+}
+
+// Keeps the `size` keys from `lowest` on, in place.
+static int64_t keep_range(uint32_t* keys, int64_t count, uint32_t lowest, uint32_t size) {
+    int64_t kept = 0, i = 0;
+    const __m512i base = _mm512_set1_epi32((int)lowest), limit = _mm512_set1_epi32((int)size);
+    for (; i + 16 <= count; i += 16) {
+        const __m512i key = _mm512_loadu_si512(keys + i);
+        const __mmask16 inside = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(key, base), limit);
+        _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(inside, key));
+        kept += __builtin_popcount(inside);
+    }
+    for (; i < count; i++) {
+        const uint32_t key = keys[i];
+        keys[kept] = key;
+        kept += key - lowest < size;
+    }
+    return kept;
+}
+
+// Makes keys of the first `count` kept values and gives their range.
+struct KeyRange { uint32_t lowest, highest; };
+
+static KeyRange make_keys(int64_t count, const Scratch& s) {
+    const float* values = s.values;
+    uint32_t* keys = s.keys;
+    uint32_t lowest = UINT32_MAX, highest = 0;
+    for (int64_t i = 0; i < count; i++) keys[i] = ordered(values[i]);
+    for (int64_t i = 0; i < count; i++) {
+        lowest = keys[i] < lowest ? keys[i] : lowest;
+        highest = keys[i] > highest ? keys[i] : highest;
+    }
+    return {lowest, highest};
+}
+
+// A search among a few keys: sorted, they are taken one by one.
+template <bool BY_MASS> static Limit take_from_few(uint32_t* keys, int64_t count, double needed) {
+    for (int64_t i = 1; i < count; i++) {
+        const uint32_t key = keys[i];
+        int64_t j = i;
+        for (; j > 0 && keys[j - 1] < key; j--) keys[j] = keys[j - 1];
+        keys[j] = key;
+    }
+    Limit limit = {0, 0, 0, false};
+    while (!limit.reached && limit.taken < count) {
+        const uint32_t key = keys[limit.taken++];
+        limit.ties = key == limit.key ? limit.ties + 1 : 1;
+        limit.key = key;
+        needed -= BY_MASS ? score_of(key) : 1.0;
+        limit.reached = needed <= 0.0;
+    }
+    if (limit.taken == count || keys[limit.taken] < limit.key) limit.ties = EVERY;
+    return limit;
+}
+
+// Finds the smallest key to take of the kept values, so that those taken number, or BY_MASS weigh, at least `needed`.
+// Halves the range of keys in which it lies, and drops the keys outside once they are most of them.
+template <bool BY_MASS> static Limit search(int64_t count, double needed, const Scratch& s) {
+    const KeyRange range = make_keys(count, s);
+    uint64_t low = range.lowest, high = (uint64_t)range.highest + 1;
+    Weight upper = {0, 0.0}, lower = {count, 0.0};  // of the keys from high on, and from low on
+    int64_t taken = 0;
+    while (lower.number - upper.number > FEW && high - low > 1) {
+        const uint64_t middle = low + (high - low) / 2;
+        const Weight w = weigh<BY_MASS>(s.keys, count, (uint32_t)middle);
+        if (w.weight >= needed) low = middle, lower = w;
+        else high = middle, upper = w;
+        if (4 * (lower.number - upper.number) > count) continue;
+        count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - low));
+        needed -= upper.weight;
+        taken += upper.number;
+        lower = {count, 0.0}, upper = {0, 0.0};
+    }
+    count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - low));
+    needed -= upper.weight;
+    Limit limit = {(uint32_t)low, 0, 0, true};
+    if (count <= FEW) limit = take_from_few<BY_MASS>(s.keys, count, needed);
+    else {
+        const double ties = BY_MASS ? ceil(needed / score_of(limit.key)) : needed;
+        limit.reached = ties <= count;
+        limit.ties = limit.taken = limit.reached ? larger(1, (int64_t)ties) : count;
+    }
+    limit.taken += taken + upper.number;
+    return limit;
+}
+
+// Writes, ascending, the indices of the kept values [first, last) whose keys are at least `from`, until `wanted` are
+// written in all.
+static int64_t write_from(int64_t first, int64_t last, uint32_t from, const Scratch& s, int32_t* out, int64_t taken,
+                          int64_t wanted) {
+    int64_t i = first;
+    const __m512i border = _mm512_set1_epi32((int)from);
+    for (; i + 16 <= last; i += 16) {
+        const __mmask16 take = _mm512_cmpge_epu32_mask(ordered(_mm512_loadu_ps(s.values + i)), border);
+        const int number = __builtin_popcount(take);
+        const __m512i indices = _mm512_maskz_compress_epi32(take, _mm512_loadu_si512(s.indices + i));
+        _mm512_mask_storeu_epi32(out + taken, (__mmask16)((1u << number) - 1), indices);
+        taken += number;
+    }
+    for (; i < last && taken < wanted; i++) {
+        out[taken] = s.indices[i];
+        taken += ordered(s.values[i]) >= from;
     }
     return taken;
 }
 
-static void select_row(const Arguments& a, int request, int row, const Scratch& s) {
-    const int64_t prefix = larger(0, smaller(a.prefix_lens[request], a.columns));
-    const int64_t head = smaller(a.sink, prefix), tail = larger(head, prefix - a.recent);
-    // Forced are [0, head) and [tail, prefix); the rest of the budget is for those between.
-    const int64_t wanted = smaller(larger(0, budget_of(a, prefix) - head - (prefix - tail)), tail - head);
-    const float* scores = a.scores + request * a.score_request + row * a.score_row + head;
-    int32_t* chosen = s.chosen;
-    int64_t taken = 0;
-    for (int64_t j = 0; j < head; j++) chosen[taken++] = (int32_t)j;
-    if (wanted == tail - head) {
-        for (int64_t j = head; j < tail; j++) chosen[taken++] = (int32_t)j;
-    } else if (wanted > 0) {
-        int64_t i = 0;
-        for (; i + 16 <= tail - head; i += 16) _mm512_storeu_si512(s.keys + i, ordered(_mm512_loadu_ps(scores + i)));
-        for (; i < tail - head; i++) s.keys[i] = ordered(scores[i]);
-        taken += emit(s.keys, tail - head, kth_largest(s, tail - head, wanted), (int32_t)head, chosen + taken);
-    }
-    for (int64_t j = tail; j < prefix; j++) chosen[taken++] = (int32_t)j;
-    int32_t* out = a.indices + request * a.index_request + row * a.index_row;
-    memcpy(out, chosen, taken * 4);
-    for (int64_t j = taken; j < a.width; j++) out[j] = -1;
-    a.counts[request * a.count_request + row] = (int32_t)taken;
+// Writes, ascending, the indices of the kept values that the limit takes; returns how many.
+static int64_t emit(int64_t count, const Limit& limit, const Scratch& s, int32_t* out) {
+    int64_t tied = limit.ties == EVERY ? count : 0;  // the kept values up to the last equal one that is taken
+    for (int64_t ties = limit.ties; tied < count && ties > 0; tied++) ties -= ordered(s.values[tied]) == limit.key;
+    const int64_t taken = write_from(0, tied, limit.key, s, out, 0, limit.taken);
+    return write_from(tied, count, limit.key + 1, s, out, taken, limit.taken);
 }
 
-constexpr int64_t SCORES_PER_THREAD = 16 << 10;  // a thread is worth waking for about 10 microseconds of work
+// ---- floors ----
+
+// Fills the kept values with evenly spread runs of a row.
+static void sample(const float* scores, int64_t count, const Scratch& s) {
+    for (int64_t run = 0; run < SAMPLED / RUN; run++)
+        memcpy(s.values + run * RUN, scores + run * (count - RUN) / (SAMPLED / RUN), RUN * sizeof(float));
+}
+
+// A floor that some more than the `wanted` largest scores most likely reach: by three standard deviations of a sample.
+static float floor_of_count(const float* scores, int64_t count, int64_t wanted, const Scratch& s) {
+    const double expected = (double)wanted * SAMPLED / count, rank = ceil(expected + 3.0 * sqrt(expected) + 2.0);
+    if (count < 2 * SAMPLED || rank >= SAMPLED) return NAN;
+    sample(scores, count, s);
+    return score_of(search<false>(SAMPLED, rank, s).key);
+}
+
+// A floor under which most likely lies less than the mass that may be left out: three quarters of it in a sample.
+static float floor_of_mass(const float* scores, int64_t count, double left_out, const Scratch& s) {
+    if (count < 2 * SAMPLED || left_out <= 0.0) return LEAST_MASS;
+    sample(scores, count, s);
+    const double below = 0.75 * left_out * SAMPLED / count, above = mass_from(s.values, SAMPLED, 0.0f) - below;
+    const float floor = score_of(search<true>(SAMPLED, above > LEAST_MASS ? above : LEAST_MASS, s).key);
+    return floor > LEAST_MASS ? floor : LEAST_MASS;
+}
+
+// ---- one row ----
+
+// A row of scores: its prefix, of which columns [0, head) and [tail, prefix) are forced, and its budgets in columns.
+struct Row {
+    const float* scores;
+    const int32_t* histogram;
+    float threshold;
+    int64_t prefix, head, tail, least, most;
+
+    const float* free() const { return scores + head; }
+    int64_t free_count() const { return tail - head; }
+    int64_t forced() const { return head + prefix - tail; }
+};
+
+static int64_t blocks_of(const Arguments& a, int64_t keys) { return (keys + a.block - 1) / a.block; }
+
+static int64_t offset(const Strides& s, int layer, int request, int row) {
+    return layer * s.layer + request * s.request + row * s.row;
+}
+
+static int64_t budget_of(const Arguments& a, int64_t keys) {
+    if (a.policy != TOP_K) return smaller(a.max_keys, keys);
+    if (a.fixed_k) return smaller(a.fixed_k, keys);
+    const int64_t wanted = (a.ratio_ppm * keys + 999999) / 1000000;
+    return smaller(smaller(larger(wanted, a.min_keys), a.max_keys), keys);
+}
+
+static Row describe(const Arguments& a, int layer, int request, int row) {
+    const int64_t keys = larger(0, smaller(a.prefix_lens[request], a.columns * a.block));
+    Row r;
+    r.scores = a.scores + offset(a.score, layer, request, row);
+    r.histogram = a.histogram ? a.histogram + offset(a.bin, layer, request, row) : nullptr;
+    r.threshold = a.thresholds ? a.thresholds[offset(a.limit, layer, request, row)] : a.threshold;
+    r.prefix = blocks_of(a, keys);
+    r.head = smaller(blocks_of(a, a.sink), r.prefix);
+    r.tail = a.recent ? larger(r.head, larger(0, keys - a.recent) / a.block) : r.prefix;
+    r.least = blocks_of(a, smaller(a.min_keys, keys));
+    r.most = blocks_of(a, budget_of(a, keys));
+    return r;
+}
+
+// The edge of the bin in which the `wanted` largest free scores end; NaN where the histogram counts fewer.
+static float floor_of_histogram(const Row& r, int64_t wanted, const Scratch& s) {
+    int32_t* counts = (int32_t*)s.keys;
+    memcpy(counts, r.histogram, HISTOGRAM_BINS * sizeof(int32_t));
+    const auto leave_out = [&](int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; j++)
+            counts[ordered(r.scores[j]) >> HISTOGRAM_SHIFT & (HISTOGRAM_BINS - 1)]--;
+    };
+    leave_out(0, r.head);
+    leave_out(r.tail, r.prefix);
+    for (int bin = HISTOGRAM_BINS - 1; bin >= 0; bin--)
+        if ((wanted -= counts[bin]) <= 0) return score_of((uint32_t)bin << HISTOGRAM_SHIFT | SIGN);
+    return NAN;
+}
+
+// What is chosen of a row's free scores: all of them, or what a limit takes of those kept in the scratch.
+struct Choice { bool whole; int64_t kept; Limit limit; };
+
+static Choice choose_count(const Row& r, int64_t wanted, const Scratch& s) {
+    if (wanted >= r.free_count()) return {true, 0, {}};
+    if (wanted <= 0) return {false, 0, {}};
+    const float floor =
+        r.histogram ? floor_of_histogram(r, wanted, s) : floor_of_count(r.free(), r.free_count(), wanted, s);
+    int64_t kept = keep(r.free(), r.free_count(), floor, (int32_t)r.head, s);
+    if (kept < wanted) kept = keep(r.free(), r.free_count(), NAN, (int32_t)r.head, s);
+    return {false, kept, search<false>(kept, (double)wanted, s)};
+}
+
+static Choice choose_from(const Row& r, float threshold, const Scratch& s) {
+    const int64_t kept = keep(r.free(), r.free_count(), threshold, (int32_t)r.head, s);
+    return {false, kept, {0, EVERY, kept, true}};
+}
+
+static Choice choose_mass(const Row& r, double needed, double left_out, const Scratch& s) {
+    if (needed <= 0.0) return {false, 0, {}};
+    const float floor = floor_of_mass(r.free(), r.free_count(), left_out, s);
+    const int64_t kept = keep(r.free(), r.free_count(), floor, (int32_t)r.head, s);
+    const Limit limit = search<true>(kept, needed, s);
+    if (limit.reached || floor == LEAST_MASS) return {false, kept, limit};
+    return choose_mass(r, needed, 0.0, s);
+}
+
+// SpecAttn's search (arXiv 2510.27641): the threshold that a fixed number of halvings shows to hold the mass.
+static float bisect(const Row& r, double needed, float high, int steps) {
+    float low = 0.0f;
+    while (steps--) {
+        const float middle = (float)(0.5 * ((double)low + high));
+        (mass_from(r.free(), r.free_count(), middle) >= needed ? low : high) = middle;
+    }
+    return low;
+}
+
+// Returns whether the row's scores are masses. Where they are all 0, the newest keys are forced up to the least.
+static bool choose_share(const Arguments& a, Row& r, const Scratch& s, Choice* choice) {
+    const Masses head = look_at(r.scores, r.head), free = look_at(r.free(), r.free_count());
+    const Masses tail = look_at(r.scores + r.tail, r.prefix - r.tail);
+    if (!head.valid || !free.valid || !tail.valid) return false;
+    const double forced = mass_from(r.scores, r.head, 0.0f) + mass_from(r.scores + r.tail, r.prefix - r.tail, 0.0f);
+    const double all = forced + mass_from(r.free(), r.free_count(), 0.0f), target = a.share * all;
+    if (all == 0.0) {
+        r.tail = larger(r.head, smaller(r.tail, r.prefix - (r.least - r.head)));
+        return true;
+    }
+    if (a.bisection_steps) *choice = choose_from(r, bisect(r, target - forced, free.largest, a.bisection_steps), s);
+    else if (a.share < 1.0) *choice = choose_mass(r, target - forced, all - target, s);
+    else *choice = choose_from(r, LEAST_MASS, s);
+    const int64_t taken = r.forced() + choice->limit.taken;
+    if (taken < r.least) *choice = choose_count(r, r.least - r.forced(), s);
+    if (taken > r.most) *choice = choose_count(r, r.most - r.forced(), s);
+    return true;
+}
+
+static int64_t write_run(int32_t* out, int64_t taken, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j++) out[taken++] = (int32_t)j;
+    return taken;
+}
+
+// Where the paged cache holds the chosen columns; -1 for one whose page the table does not name.
+template <typename Slot> static void write_slots(const Arguments& a, const int32_t* table, const int32_t* indices,
+                                                 int64_t taken, Slot* slots) {
+    int64_t page = 0, first = -1;  // of the cache, or -1; and the first index in the table's page
+    for (int64_t i = 0; i < taken; i++) {
+        if (first < 0 || indices[i] >= first + a.slots_per_page) {
+            const int64_t entry = indices[i] / a.slots_per_page;
+            first = entry * a.slots_per_page;
+            page = entry < a.pages ? table[entry] : -1;
+        }
+        slots[i] = (Slot)(page < 0 ? -1 : page * a.slots_per_page + indices[i] - first);
+    }
+    memset(slots + taken, -1, (a.width - taken) * sizeof(Slot));
+}
+
+static bool select_row(const Arguments& a, int layer, int request, int row, const Scratch& s) {
+    Row r = describe(a, layer, request, row);
+    Choice choice = {};
+    bool valid = true;
+    if (a.policy == TOP_K) choice = choose_count(r, r.most - r.forced(), s);
+    else if (a.policy == THRESHOLD) choice = choose_from(r, r.threshold, s);
+    else valid = choose_share(a, r, s, &choice);
+    int32_t* out = a.indices + offset(a.index, layer, request, row);
+    int64_t taken = write_run(out, 0, 0, r.head);
+    if (choice.whole) taken = write_run(out, taken, r.head, r.tail);
+    else taken += emit(choice.kept, choice.limit, s, out + taken);
+    taken = write_run(out, taken, r.tail, r.prefix);
+    memset(out + taken, -1, (a.width - taken) * sizeof(int32_t));
+    a.counts[offset(a.count, layer, request, row)] = (int32_t)taken;
+    if (a.slots) {
+        const int32_t* table = a.page_table + request * a.table_request;
+        const int64_t at = offset(a.slot, layer, request, row);
+        if (a.slot_bytes == 8) write_slots(a, table, out, taken, (int64_t*)a.slots + at);
+        else write_slots(a, table, out, taken, (int32_t*)a.slots + at);
+    }
+    return valid;
+}
+
+constexpr int64_t SCORES_PER_THREAD = 64 << 10;  // a thread is worth waking for about 10 microseconds of work
 
 static int useful_threads(const Arguments& a) {
-    return (int)smaller(a.threads, 1 + (int64_t)a.batch * a.rows * a.columns / SCORES_PER_THREAD);
+    const int64_t scores = (int64_t)a.layers * a.batch * a.rows * a.columns;
+    return (int)smaller(a.threads, 1 + scores / SCORES_PER_THREAD);
 }
 
 extern "C" int64_t workspace_bytes(const Arguments* a) { return a->threads * scratch_bytes(*a); }
 
-// Always returns 0: every processor runs it.
+// Returns 0, or 1 where a share of the mass was asked for and a row holds a negative score or one that is not finite.
 extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
-#pragma omp parallel num_threads(useful_threads(a))
+    const int64_t rows = (int64_t)a.layers * a.batch * a.rows;
+    int invalid = 0;
+#pragma omp parallel num_threads(useful_threads(a)) reduction(| : invalid)
     {
         const Scratch s = scratch_of(a, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < (int64_t)a.batch * a.rows; item++)
-            select_row(a, (int)(item / a.rows), (int)(item % a.rows), s);
+        for (int64_t item = 0; item < rows; item++) {
+            const int64_t request = item / a.rows;
+            invalid |= !select_row(a, (int)(request / a.batch), (int)(request % a.batch), (int)(item % a.rows), s);
+        }
     }
-    return 0;
+    return invalid;
 }
