@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +17,7 @@ from cases import HEADS, RAGGED, run, verdict
 from specattn_codegen import build, cpu_info, paths, space
 from specattn_codegen.build import cpu
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.plan import Setting
+from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.space import cpu as space_cpu
@@ -29,6 +32,10 @@ def kernel_for(spec: KernelSpec, target: str | None = None, changes: dict[str, S
     plan = space.default_plan(spec, arch, "cpu").replace(**(changes or {}))
     assert space.why_invalid(plan, spec, arch) is None
     return cpu.load(render(spec, plan, build.target_for(plan, arch)))
+
+
+def default_plan(spec: KernelSpec) -> Plan:
+    return space.default_plan(spec, dataclasses.replace(cpu_info.detect(measure=False), target="generic"), "cpu")
 
 
 def verify_spec(heads: HeadConfig, dtype: Dtype = "float32", score: ScoreSpec | None = None) -> KernelSpec:
@@ -317,6 +324,22 @@ def test_a_build_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stamp = built.stat().st_mtime_ns
     kernel_for(spec)
     assert built.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instructions")
+def test_rows_are_fetched_ahead_in_the_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    """A compiler may drop a call that does nothing but prefetch; results would not tell."""
+    monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path))
+    counts: dict[Setting, int] = {}
+    settings: tuple[Setting, ...] = ("none", "next_tile")
+    for prefetch in settings:
+        source = render(spec := verify_spec(SMALL), default_plan(spec).replace(prefetch=prefetch), "generic")
+        library = cpu.compile_library(source.text, "generic", spec.name)
+        shown = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+        counts[prefetch] = shown.count("prefetch")
+    assert counts["none"] == 0
+    assert counts["next_tile"] > 0
 
 
 def test_a_nan_query_head_gives_nan_and_harms_no_other() -> None:

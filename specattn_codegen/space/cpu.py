@@ -44,7 +44,7 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
         return Plan.of("cpu", sampled=1024)
     product, key_tile = "fma", 32
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
-        product, key_tile = ("amx", 64) if arch.target in PRODUCT_TARGETS["amx"] else ("bf16", 32)
+        product, key_tile = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16", 64
     whole_layer = spec.selection != "kv_head" and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",

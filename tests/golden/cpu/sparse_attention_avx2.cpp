@@ -219,25 +219,24 @@ static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows&
     for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
 }
 
-// Rows of the next tile that a block of work fetches on its way.
-struct Fetch {
+// Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
+// Rows wait in the second-level cache: a tile of every head is larger than the first.
+template <int ELEMENTS> struct Fetcher {
     const Cached* const* rows;
-    int begin, end;
-};
+    uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
 
-// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
-// tile of every head is larger than the first.
-template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
-    if (j < fetch.begin || j >= fetch.end) return;
+    Fetcher(const Cached* const* next, int blocks)
+        : rows(next), rows_per_block((uint32_t)(((int64_t)KEY_TILE << 16) / blocks) + 1) {}
+
+    // After each block. Inlined by force: GCC drops calls of a function that does nothing but prefetch.
+    __attribute__((always_inline)) void advance() {
+        due += rows_per_block;
+        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++)
 #pragma GCC unroll 8
-    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
-        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
-}
-
-// The share of block `block` of `blocks` in fetching a tile.
-static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
-    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
-}
+            for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+                __builtin_prefetch((const char*)rows[fetched] + byte, 0, 2);
+    }
+};
 
 // ---- the engine: vector multiply-adds ----
 
@@ -270,19 +269,19 @@ static void pack_row(const Element* from, int row, const Scratch& s) {
     for (int d = 0; d < D_PADDED; d++) to[d] = d < HEAD_DIM ? to_float(from[d]) * Q_SCALE : 0.0f;
 }
 
-// Packed rows go through in blocks of 4, then 2 and 1; each fetches its share of the next tile.
+// Packed rows go through in blocks of 4, then 2 and 1.
 template <int COUNT> struct RowBlock {
     static constexpr int ROWS = COUNT;
-    int first, index, blocks;
-
-    Fetch share_of(const Cached* const* next) const { return fetch_share(next, index, blocks); }
+    int first;
 };
 
+static inline int row_blocks(int rows) { return rows / 4 + (rows >> 1 & 1) + (rows & 1); }
+
 template <typename Work> static inline void for_row_blocks(int rows, Work work) {
-    const int fours = rows / 4, blocks = fours + (rows >> 1 & 1) + (rows & 1);
-    for (int i = 0; i < fours; i++) work(RowBlock<4>{i * 4, i, blocks});
-    if (rows & 2) work(RowBlock<2>{fours * 4, fours, blocks});
-    if (rows & 1) work(RowBlock<1>{rows - 1, blocks - 1, blocks});
+    const int fours = rows & ~3;
+    for (int first = 0; first < fours; first += 4) work(RowBlock<4>{first});
+    if (rows & 2) work(RowBlock<2>{fours});
+    if (rows & 1) work(RowBlock<1>{rows - 1});
 }
 
 // Logits of ROWS packed rows against LANES / ROWS keys; as many accumulators as lanes, summed together at the end.
@@ -313,26 +312,23 @@ static inline void dot_block(const float* q, const T* const* k, float* logits) {
     for (int r = 0; r < ROWS; r++) memcpy(logits + r * KEY_TILE, flat + r * KEYS, KEYS * sizeof(float));
 }
 
-template <int ROWS, typename T>
-static inline void dot_rows(const float* q, const T* const* k, float* logits, const Fetch& fetch) {
-    constexpr int KEYS = LANES / ROWS;
-    for (int j = 0; j < KEY_TILE; j += KEYS) {
-        for (int i = j; i < j + KEYS; i++) fetch_row<HEAD_DIM>(fetch, i);
-        dot_block<ROWS>(q, k + j, logits + j);
-    }
-}
-
 template <typename T>
-static void dot_tile(const float* q, int rows, const T* const* k, float* logits, const Cached* const* next) {
+static void dot_tile(const float* q, int rows, const T* const* k, float* logits, const Rows& ahead) {
+    Fetcher<HEAD_DIM> fetcher(ahead.k, rows * KEY_TILE / LANES);
     for_row_blocks(rows, [&](auto block) {
-        dot_rows<block.ROWS>(q + block.first * D_PADDED, k, logits + block.first * KEY_TILE, block.share_of(next));
+        constexpr int KEYS = LANES / block.ROWS;
+        for (int j = 0; j < KEY_TILE; j += KEYS) {
+            dot_block<block.ROWS>(q + block.first * D_PADDED, k + j, logits + block.first * KEY_TILE + j);
+            fetcher.advance();
+        }
     });
 }
 
 // acc = acc * rescale + weights x V for ROWS rows and VECS vectors of V from vector `first` on.
 template <int ROWS, int VECS, bool LAST, typename T>
 static inline void weigh_block(
-    float* acc, const float* rescale, const float* weights, const T* const* v, int count, int first, const Fetch& fetch
+    float* acc, const float* rescale, const float* weights, const T* const* v, int count, int first,
+    Fetcher<V_HEAD_DIM>& fetcher
 ) {
     Vec sums[ROWS][VECS];
 #pragma GCC unroll 4
@@ -341,7 +337,7 @@ static inline void weigh_block(
         for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
 #pragma GCC unroll 1
     for (int j = 0; j < count; j++) {
-        fetch_row<V_HEAD_DIM>(fetch, j);
+        fetcher.advance();
         Vec value[VECS];
 #pragma GCC unroll 8
         for (int c = 0; c < VECS; c++) {
@@ -361,29 +357,20 @@ static inline void weigh_block(
 
 constexpr int V_BLOCK = 2;  // accumulators: 4 rows x V_BLOCK vectors
 
-template <int ROWS, typename T>
-static inline void weigh_rows(
-    float* acc, const float* rescale, const float* weights, const T* const* v, int count, const Fetch& fetch
-) {
-    constexpr int BLOCKS = (int)divide_up(DV_VECS, V_BLOCK), FULL = BLOCKS - 1;
-    const int share = (fetch.end - fetch.begin + FULL) / BLOCKS;
-    for (int block = 0; block < FULL; block++) {
-        const Fetch part = {fetch.rows, fetch.begin + block * share, fetch.begin + (block + 1) * share};
-        weigh_block<ROWS, V_BLOCK, false>(acc, rescale, weights, v, count, block * V_BLOCK, part);
-    }
-    const Fetch part = {fetch.rows, fetch.begin + FULL * share, fetch.end};
-    weigh_block<ROWS, DV_VECS - FULL * V_BLOCK, true>(acc, rescale, weights, v, count, FULL * V_BLOCK, part);
-}
+constexpr int V_BLOCKS = (DV_VECS + V_BLOCK - 1) / V_BLOCK, V_LAST = (V_BLOCKS - 1) * V_BLOCK;
 
 template <typename T>
 static void weigh_tile(
-    float* acc, int rows, const float* rescale, const float* weights, const T* const* v, int count,
-    const Cached* const* next
+    float* acc, int rows, const float* rescale, const float* weights, const T* const* v, int count, const Rows& ahead
 ) {
+    Fetcher<V_HEAD_DIM> fetcher(ahead.v, row_blocks(rows) * V_BLOCKS * count);
     for_row_blocks(rows, [&](auto block) {
-        const int r = block.first;
-        const Fetch fetch = block.share_of(next);
-        weigh_rows<block.ROWS>(acc + r * DV_PADDED, rescale + r, weights + r * KEY_TILE, v, count, fetch);
+        constexpr int ROWS = block.ROWS;
+        float* to = acc + block.first * DV_PADDED;
+        const float *from = weights + block.first * KEY_TILE, *factors = rescale + block.first;
+        for (int first = 0; first < V_LAST; first += V_BLOCK)
+            weigh_block<ROWS, V_BLOCK, false>(to, factors, from, v, count, first, fetcher);
+        weigh_block<ROWS, DV_VECS - V_LAST, true>(to, factors, from, v, count, V_LAST, fetcher);
     });
 }
 
@@ -439,17 +426,17 @@ static void fold_tile(
     const float *k[KEY_TILE], *v[KEY_TILE];
     if (widened) {
         widen<D_VECS, D_LAST>(here.k, s.wide, k);
-        dot_tile(q, rows, k, s.logits, ahead.k);
+        dot_tile(q, rows, k, s.logits, ahead);
     } else {
-        dot_tile(q, rows, here.k, s.logits, ahead.k);
+        dot_tile(q, rows, here.k, s.logits, ahead);
     }
     finish_logits(r, tile, s.logits);
     soften(s, rows, row_max, row_sum);
     if (widened) {
         widen<DV_VECS, DV_LAST>(here.v, s.wide + KEY_TILE * D_PADDED, v);
-        weigh_tile(acc, rows, s.rescale, s.weights, v, tile.count, ahead.v);
+        weigh_tile(acc, rows, s.rescale, s.weights, v, tile.count, ahead);
     } else {
-        weigh_tile(acc, rows, s.rescale, s.weights, here.v, tile.count, ahead.v);
+        weigh_tile(acc, rows, s.rescale, s.weights, here.v, tile.count, ahead);
     }
 }
 
@@ -484,7 +471,8 @@ static Workspace plan_workspace(const Arguments& a) {
     w.partial_sum = (float*)take(splits * rows * 4);
     w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
     Scratch unused;
-    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused);
+    w.scratch_bytes = divide_up(scratch, 4096) * 4096;
     w.scratch = take(w.scratch_bytes * a.threads);
     w.bytes = at;
     return w;

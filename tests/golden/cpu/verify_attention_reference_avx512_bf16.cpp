@@ -38,7 +38,7 @@ typedef bf16 Element;  // of q and out
 typedef bf16 Cached;  // of the KV cache
 
 // ---- the plan ----
-constexpr int KEY_TILE = 32;
+constexpr int KEY_TILE = 64;
 constexpr int SPLIT_KEYS = 1024;
 constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
 
@@ -78,16 +78,8 @@ static inline Vec sum_each(const Vec* v) {
     return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-static inline float largest(Vec v) {
-    float best = v[0];
-    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
-static inline float total(Vec v) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
-}
+static inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline float total(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 
 // 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
 static inline Vec exp2_of(Vec x) {
@@ -210,25 +202,24 @@ static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows&
     for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
 }
 
-// Rows of the next tile that a block of work fetches on its way.
-struct Fetch {
+// Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
+// Rows wait in the second-level cache: a tile of every head is larger than the first.
+template <int ELEMENTS> struct Fetcher {
     const Cached* const* rows;
-    int begin, end;
-};
+    uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
 
-// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
-// tile of every head is larger than the first.
-template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
-    if (j < fetch.begin || j >= fetch.end) return;
+    Fetcher(const Cached* const* next, int blocks)
+        : rows(next), rows_per_block((uint32_t)(((int64_t)KEY_TILE << 16) / blocks) + 1) {}
+
+    // After each block. Inlined by force: GCC drops calls of a function that does nothing but prefetch.
+    __attribute__((always_inline)) void advance() {
+        due += rows_per_block;
+        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++)
 #pragma GCC unroll 8
-    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
-        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
-}
-
-// The share of block `block` of `blocks` in fetching a tile.
-static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
-    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
-}
+            for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+                __builtin_prefetch((const char*)rows[fetched] + byte, 0, 2);
+    }
+};
 
 // ---- the engine: dot products of bfloat16 pairs ----
 //
@@ -313,11 +304,10 @@ static inline Vec multiply_add_pairs(Vec sum, __m512i a, __m512i b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-static void transpose_keys(const Rows& here, const Rows& ahead, const Scratch& s) {
+static void transpose_keys(const Rows& here, const Scratch& s, Fetcher<HEAD_DIM>& fetcher) {
     for (int key = 0; key < KEY_TILE; key += 16)
         for (int step = 0; step < D_STEPS; step++) {
-            const Fetch fetch = fetch_share(ahead.k, key / 16 * D_STEPS + step, KEY_TILE / 16 * D_STEPS);
-            for (int j = fetch.begin; j < fetch.end; j++) fetch_row<HEAD_DIM>(fetch, j);
+            fetcher.advance();
             __m512i rows[16];
 #pragma GCC unroll 16
             for (int j = 0; j < 16; j++) rows[j] = load_pairs<HEAD_DIM>(here.k[key + j], step * 32);
@@ -333,6 +323,10 @@ template <int COUNT> struct RowBlock {
     int first;
 };
 
+template <int MOST> static inline int row_blocks(int rows) {
+    return rows / MOST + (MOST > 4 ? rows >> 2 & 1 : 0) + (rows >> 1 & 1) + (rows & 1);
+}
+
 template <int MOST, typename Work> static inline void for_row_blocks(int rows, Work work) {
     int first = 0;
     if constexpr (MOST >= 8)
@@ -343,11 +337,13 @@ template <int MOST, typename Work> static inline void for_row_blocks(int rows, W
 }
 
 // Logits of ROWS packed rows against 32 keys at a time.
-template <int ROWS> static inline void dot_rows(const uint32_t* q, const uint32_t* k, float* logits) {
+template <int ROWS>
+static inline void dot_rows(const uint32_t* q, const uint32_t* k, float* logits, Fetcher<HEAD_DIM>& fetcher) {
     for (int key = 0; key < KEY_TILE; key += 2 * LANES) {
         Vec sums[ROWS][2] = {};
 #pragma GCC unroll 2
         for (int pair = 0; pair < D_PAIRS; pair++) {
+            if (pair % 16 == 0) fetcher.advance();
             const __m512i low = _mm512_loadu_si512(k + pair * KEY_TILE + key);
             const __m512i high = _mm512_loadu_si512(k + pair * KEY_TILE + key + LANES);
 #pragma GCC unroll 8
@@ -368,7 +364,8 @@ template <int ROWS> static inline void dot_rows(const uint32_t* q, const uint32_
 // acc = acc * rescale + weights x V for ROWS rows and VECS vectors of V from vector `first`, which is even, on.
 template <int ROWS, int VECS>
 static inline void weigh_block(
-    float* acc, const float* rescale, const Element* weights, const Rows& here, int count, int first, const Fetch& fetch
+    float* acc, const float* rescale, const Element* weights, const Rows& here, int count, int first,
+    Fetcher<V_HEAD_DIM>& fetcher
 ) {
     Vec sums[ROWS][VECS];
 #pragma GCC unroll 4
@@ -377,8 +374,7 @@ static inline void weigh_block(
         for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
 #pragma GCC unroll 1
     for (int j = 0; j < count; j += 2) {  // where count is odd, the last key's partner has weight 0
-        fetch_row<V_HEAD_DIM>(fetch, j);
-        fetch_row<V_HEAD_DIM>(fetch, j + 1);
+        fetcher.advance();
         __m512i value[VECS];
 #pragma GCC unroll 4
         for (int c = 0; c < VECS; c++) {
@@ -402,22 +398,18 @@ static inline void weigh_block(
 }
 
 constexpr int V_BLOCK = 4;  // accumulators: 4 rows x V_BLOCK vectors
-constexpr int V_BLOCKS = (DV_VECS + V_BLOCK - 1) / V_BLOCK;
+constexpr int V_BLOCKS = (DV_VECS + V_BLOCK - 1) / V_BLOCK, V_LAST = (V_BLOCKS - 1) * V_BLOCK;
 
 static void weigh_tile(float* acc, int rows, const Scratch& s, const Rows& here, const Rows& ahead, int count) {
-    const int blocks = (rows / 4 + (rows >> 1 & 1) + (rows & 1)) * V_BLOCKS;
-    int block = 0;
-    for_row_blocks<4>(rows, [&](auto part) {
-        constexpr int ROWS = part.ROWS, LAST = V_BLOCKS - 1;
-        float* to = acc + part.first * DV_PADDED;
-        const float* rescale = s.rescale + part.first;
-        const Element* weights = s.weights + part.first * KEY_TILE;
-        for (int v = 0; v < LAST; v++) {
-            const Fetch fetch = fetch_share(ahead.v, block++, blocks);
-            weigh_block<ROWS, V_BLOCK>(to, rescale, weights, here, count, v * V_BLOCK, fetch);
-        }
-        const Fetch fetch = fetch_share(ahead.v, block++, blocks);
-        weigh_block<ROWS, DV_VECS - LAST * V_BLOCK>(to, rescale, weights, here, count, LAST * V_BLOCK, fetch);
+    Fetcher<V_HEAD_DIM> fetcher(ahead.v, row_blocks<4>(rows) * V_BLOCKS * ((count + 1) / 2));
+    for_row_blocks<4>(rows, [&](auto block) {
+        constexpr int ROWS = block.ROWS;
+        float* to = acc + block.first * DV_PADDED;
+        const float* rescale = s.rescale + block.first;
+        const Element* weights = s.weights + block.first * KEY_TILE;
+        for (int first = 0; first < V_LAST; first += V_BLOCK)
+            weigh_block<ROWS, V_BLOCK>(to, rescale, weights, here, count, first, fetcher);
+        weigh_block<ROWS, DV_VECS - V_LAST>(to, rescale, weights, here, count, V_LAST, fetcher);
     });
 }
 
@@ -459,19 +451,17 @@ static void fold_tile(
 ) {
     const int rows = r.rows * GROUP;
     const uint32_t* q = s.q + first * D_PAIRS;
-    transpose_keys(here, ahead, s);
-    for_row_blocks<8>(rows, [&](auto part) {
-        dot_rows<part.ROWS>(q + part.first * D_PAIRS, s.k, s.logits + part.first * KEY_TILE);
+    Fetcher<HEAD_DIM> fetcher(ahead.k, D_STEPS * (KEY_TILE / 16 + KEY_TILE / 32 * row_blocks<8>(rows)));
+    transpose_keys(here, s, fetcher);
+    for_row_blocks<8>(rows, [&](auto block) {
+        dot_rows<block.ROWS>(q + block.first * D_PAIRS, s.k, s.logits + block.first * KEY_TILE, fetcher);
     });
     finish_logits(r, tile, s.logits);
     soften(s, rows, row_max, row_sum);
     weigh_tile(acc, rows, s, here, ahead, tile.count);
 }
 
-static inline void add_weights(const Scratch& s, int row, float factor, float* sums) {
-    for (int j = 0; j < KEY_TILE; j += LANES)
-        store(sums + j, load(sums + j) + splat(factor) * load(s.weights + row * KEY_TILE + j));
-}
+static inline Vec weights_at(const Scratch& s, int row, int key) { return load(s.weights + row * KEY_TILE + key); }
 
 static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * ROW_PAD; }
 
@@ -504,7 +494,8 @@ static Workspace plan_workspace(const Arguments& a) {
     w.partial_sum = (float*)take(splits * rows * 4);
     w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
     Scratch unused;
-    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused) + rows * (int64_t)sizeof(float);
+    w.scratch_bytes = divide_up(scratch, 4096) * 4096;
     w.scratch = take(w.scratch_bytes * a.threads);
     w.bytes = at;
     return w;
@@ -529,27 +520,37 @@ static inline float* head_scores_of(const Arguments& a, const Workspace& w, int 
 
 constexpr float REFERENCE_CEILING = 64.0f;  // powers of two by which a weight may pass its reference
 
+// The references of one head's scored rows in base 2; a row whose reference is not finite counts as nothing.
+static void load_references(const Arguments& a, const Request& r, int head, float* references) {
+    for (int i = 0; i < scored_rows(r.rows) * GROUP; i++) {
+        const int64_t row = r.first_row + scored_row(i / GROUP, r.rows);
+        const float reference = a.lse_ref[row * NUM_Q_HEADS + head * GROUP + i % GROUP];
+        references[i] = fabsf(reference) < INFINITY ? reference * LOG2_E : INFINITY;
+    }
+}
+
 // Scores of one tile and head: the weights at hand, each row's carried over from its running maximum to its reference.
 static void score_tile(
     const Arguments& a, const Workspace& w, const Request& r, const Tile& tile, const Scratch& s, int request, int head,
-    const float* row_max
+    const float* row_max, const float* references
 ) {
     const int scored = scored_rows(r.rows) * GROUP;
     const Vec share = splat(1.0f / (scored * 1));
     float sums[KEY_TILE] = {};
     for (int first = 0; first < scored; first += LANES) {
-        float factors[LANES];
-        for (int i = 0; i < LANES; i++) factors[i] = -INFINITY;
+        int rows[LANES];
+        float factors[LANES] = {};
         const int count = smaller(LANES, scored - first);
         for (int i = 0; i < count; i++) {
-            const int row = scored_row((first + i) / GROUP, r.rows), member = (first + i) % GROUP;
-            const float reference = a.lse_ref[(int64_t)(r.first_row + row) * NUM_Q_HEADS + head * GROUP + member];
-            if (fabsf(reference) < INFINITY)  // a row without a reference counts as nothing
-                factors[i] = fminf(row_max[row * GROUP + member] - reference * LOG2_E, REFERENCE_CEILING);
+            rows[i] = scored_row((first + i) / GROUP, r.rows) * GROUP + (first + i) % GROUP;
+            factors[i] = fminf(row_max[rows[i]] - references[first + i], REFERENCE_CEILING);
         }
         store(factors, exp2_of(load(factors)) * share);
-        for (int i = 0; i < count; i++)
-            add_weights(s, scored_row((first + i) / GROUP, r.rows) * GROUP + (first + i) % GROUP, factors[i], sums);
+        for (int j = 0; j < KEY_TILE; j += LANES) {
+            Vec sum = load(sums + j);
+            for (int i = 0; i < count; i++) sum += splat(factors[i]) * weights_at(s, rows[i], j);
+            store(sums + j, sum);
+        }
     }
     const int count = smaller(KEY_TILE, prefix_of(a, r) - tile.position[0]);
     memcpy(head_scores_of(a, w, request, head) + tile.position[0], sums, count * sizeof(float));
@@ -574,7 +575,8 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
     const int rows = r.rows * GROUP, first_head = task.head_block * HEADS_PER_TASK;
     const int64_t head_rows = padded(rows), task_rows = HEADS_PER_TASK * head_rows;
     Scratch s;
-    scratch_of(rows, memory, s);
+    float* references = (float*)(memory + scratch_of(rows, memory, s));  // [HEADS_PER_TASK, head_rows]
+    for (int h = 0; h < HEADS_PER_TASK; h++) load_references(a, r, first_head + h, references + h * head_rows);
     for (int h = 0; h < HEADS_PER_TASK; h++)
         for (int row = 0; row < rows; row++) {
             const int query = r.first_row + row / GROUP, head = (first_head + h) * GROUP + row % GROUP;
@@ -602,7 +604,8 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
             fold_tile(
                 r, tile, here, ahead, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
             if (tile.position[0] < r.first_position)
-                score_tile(a, w, r, tile, s, task.request, first_head + h, row_max + first);
+                score_tile(
+                    a, w, r, tile, s, task.request, first_head + h, row_max + first, references + first);
         }
     }
 }

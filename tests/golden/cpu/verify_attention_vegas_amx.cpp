@@ -81,16 +81,8 @@ static inline Vec sum_each(const Vec* v) {
     return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-static inline float largest(Vec v) {
-    float best = v[0];
-    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
-static inline float total(Vec v) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
-}
+static inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline float total(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 
 // 2^x within 2 units in the last place for x <= 0; anything under -150, -infinity included, gives 0.
 static inline Vec exp2_of(Vec x) {
@@ -213,25 +205,24 @@ static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows&
     for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
 }
 
-// Rows of the next tile that a block of work fetches on its way.
-struct Fetch {
+// Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
+// Rows wait in the second-level cache: a tile of every head is larger than the first.
+template <int ELEMENTS> struct Fetcher {
     const Cached* const* rows;
-    int begin, end;
-};
+    uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
 
-// Fetches are spread evenly over the work, since few can be under way at a time. Rows wait in the second-level cache: a
-// tile of every head is larger than the first.
-template <int ELEMENTS> static inline void fetch_row(const Fetch& fetch, int j) {
-    if (j < fetch.begin || j >= fetch.end) return;
+    Fetcher(const Cached* const* next, int blocks)
+        : rows(next), rows_per_block((uint32_t)(((int64_t)KEY_TILE << 16) / blocks) + 1) {}
+
+    // After each block. Inlined by force: GCC drops calls of a function that does nothing but prefetch.
+    __attribute__((always_inline)) void advance() {
+        due += rows_per_block;
+        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++)
 #pragma GCC unroll 8
-    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
-        __builtin_prefetch((const char*)fetch.rows[j] + byte, 0, 2);
-}
-
-// The share of block `block` of `blocks` in fetching a tile.
-static inline Fetch fetch_share(const Cached* const* rows, int block, int blocks) {
-    return Fetch{rows, KEY_TILE * block / blocks, KEY_TILE * (block + 1) / blocks};
-}
+            for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+                __builtin_prefetch((const char*)rows[fetched] + byte, 0, 2);
+    }
+};
 
 // ---- the engine: AMX tiles of bfloat16 ----
 //
@@ -297,9 +288,8 @@ static inline const Element* sixteen_keys(const Element* const* k, const Scratch
 }
 
 static void dot_tile(const Element* q, const Rows& here, const Rows& ahead, const Scratch& s) {
+    Fetcher<HEAD_DIM> fetcher(ahead.k, KEY_TILE / 16 * (int)divide_up(s.row_blocks, 4) * D_STEPS);
     for (int key = 0; key < KEY_TILE; key += 16) {
-        const Fetch fetch = fetch_share(ahead.k, key / 16, KEY_TILE / 16);
-        for (int j = fetch.begin; j < fetch.end; j++) fetch_row<HEAD_DIM>(fetch, j);
         int64_t stride;
         const Element* keys = sixteen_keys(here.k + key, s, stride);
         for (int block = 0; block < s.row_blocks; block += 4) {  // tiles 0-3 accumulate, 4 holds keys, 5 queries
@@ -311,6 +301,7 @@ static void dot_tile(const Element* q, const Rows& here, const Rows& ahead, cons
             if (blocks > 2) _tile_zero(2);
             if (blocks > 3) _tile_zero(3);
             for (int d = 0; d < D_STEPS; d++) {
+                fetcher.advance();
                 _tile_loadd(4, keys + d * 32, stride);
                 const Element* step = rows + d * TILE_ELEMENTS;
                 _tile_loadd(5, step, 64);
@@ -427,10 +418,9 @@ static void soften(const Scratch& s, int block, float* acc, float* row_max, floa
 
 // Pairs of keys, element by element, as the second operand of a tile product wants them.
 static void interleave_values(const Rows& here, const Rows& ahead, const Scratch& s) {
-    const Fetch fetch = fetch_share(ahead.v, 0, 1);
+    Fetcher<V_HEAD_DIM> fetcher(ahead.v, KEY_TILE / 2);
     for (int j = 0; j < KEY_TILE; j += 2) {
-        fetch_row<V_HEAD_DIM>(fetch, j);
-        fetch_row<V_HEAD_DIM>(fetch, j + 1);
+        fetcher.advance();
         Element* to = s.v + (int64_t)(j / 32) * (DV_PADDED / 16) * TILE_ELEMENTS + j % 32 / 2 * 32;
         for (int d = 0; d < V_HEAD_DIM; d += 32) {
             const __m512i even = load_pairs<V_HEAD_DIM>(here.v[j], d), odd = load_pairs<V_HEAD_DIM>(here.v[j + 1], d);
@@ -528,7 +518,8 @@ static Workspace plan_workspace(const Arguments& a) {
     w.partial_sum = (float*)take(splits * rows * 4);
     w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
     Scratch unused;
-    w.scratch_bytes = divide_up(scratch_of(a.max_q * GROUP, nullptr, unused), 4096) * 4096;
+    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused);
+    w.scratch_bytes = divide_up(scratch, 4096) * 4096;
     w.scratch = take(w.scratch_bytes * a.threads);
     const int64_t tiles = a.batch * divide_up(a.max_kv, KEY_TILE);
     const int64_t scored = (int64_t)NUM_KV_HEADS * GROUP * scored_rows(a.max_q);
