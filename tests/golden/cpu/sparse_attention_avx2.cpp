@@ -148,7 +148,7 @@ static Request request_of(const Arguments& a, int index) {
     r.first_row = a.cu_q[index];
     r.rows = a.cu_q[index + 1] - r.first_row;
     r.kv_len = larger(0, a.kv_lens[index]);
-    r.first_position = a.kv_lens[index] - r.rows;
+    r.first_position = r.kv_len - r.rows;
     r.tail_start = smaller(larger(0, a.tail_start[index]), r.kv_len);
     return r;
 }
