@@ -8,38 +8,25 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from cases import HEADS, RAGGED, run, verdict
-from specattn_codegen import build, cpu_info, paths, space
+from cases import HEADS, RAGGED, SCORES, SMALL, kernel_for, run, verdict, verify_spec
+from specattn_codegen import cpu_info, paths, space
 from specattn_codegen.build import cpu
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.space import cpu as space_cpu
-from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreRows, ScoreSpec
+from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
 
 TARGETS = [target for target, needs in cpu_info.NEEDS.items() if needs <= cpu_info.NEEDS[cpu_info.instruction_set()]]
-SMALL = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
-
-
-def kernel_for(spec: KernelSpec, target: str | None = None, changes: dict[str, Setting] | None = None) -> cpu.CpuKernel:
-    arch = dataclasses.replace(cpu_info.detect(measure=False), target=target or cpu_info.instruction_set())
-    plan = space.default_plan(spec, arch, "cpu").replace(**(changes or {}))
-    assert space.why_invalid(plan, spec, arch) is None
-    return cpu.load(render(spec, plan, build.target_for(plan, arch)))
 
 
 def default_plan(spec: KernelSpec) -> Plan:
     return space.default_plan(spec, dataclasses.replace(cpu_info.detect(measure=False), target="generic"), "cpu")
-
-
-def verify_spec(heads: HeadConfig, dtype: Dtype = "float32", score: ScoreSpec | None = None) -> KernelSpec:
-    return KernelSpec(op="verify_attention", heads=heads, dtype=dtype, score=score)
 
 
 def sparse_spec(heads: HeadConfig, dtype: Dtype = "float32", selection: ScoreHeads = "kv_head") -> KernelSpec:
@@ -68,19 +55,6 @@ def test_sparse_attention_equals_the_oracle(shape: tuple[int, int, int], dtype: 
         )
         result = verdict(kernel, problem)
         assert result.passed, (kv_lens, budget, result.detail)
-
-
-SCORES = [
-    *(ScoreSpec(rows=rows, heads=heads) for rows in get_args(ScoreRows) for heads in get_args(ScoreHeads)),
-    *(ScoreSpec(rows=rows, value="logit", granularity="page_max") for rows in get_args(ScoreRows)),
-    ScoreSpec(value="logit", heads="layer"),
-    ScoreSpec(rows="ends", heads="layer", granularity="page_mean", histogram=True),
-    ScoreSpec(granularity="page_max", histogram=True),
-    ScoreSpec(normaliser="reference"),
-    ScoreSpec(normaliser="reference", rows="last", heads="layer", histogram=True),
-    ScoreSpec(normaliser="reference", rows="ends", granularity="page_mean"),
-    ScoreSpec(normaliser="reference", heads="layer", granularity="page_max", histogram=True),
-]
 
 
 @pytest.mark.parametrize("windowed", [False, True])
