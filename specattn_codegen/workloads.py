@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import TopK
-from specattn_codegen.spec import Dtype, KernelSpec, Op, ScoreSpec, Workload
+from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
 
 DRAFT_LEN = 6
 BUDGET = TopK(ratio=0.07)
@@ -18,21 +19,29 @@ PILLAR_SCORES = ScoreSpec(rows="all", heads="kv_head")  # arXiv 2512.01278
 VEGAS_SCORES = ScoreSpec(rows="ends", heads="layer")  # arXiv 2602.07223
 
 
-def model_specs(heads: HeadConfig, *, dtype: Dtype, page_size: int, ops: Sequence[Op]) -> tuple[KernelSpec, ...]:
+def model_specs(
+    heads: HeadConfig, *, dtype: Dtype, kv_dtype: KvDtype | None = None, page_size: int, ops: Sequence[Op]
+) -> tuple[KernelSpec, ...]:
     """Every kernel the presets launch for one kind of layer, restricted to `ops`.
 
     A layer with a window already reads few keys: it is drafted and verified densely and needs no scores.
     """
-    verify = KernelSpec(op="verify_attention", heads=heads, dtype=dtype, page_size=page_size)
-    scored = tuple(
-        KernelSpec(op="verify_attention", heads=heads, dtype=dtype, page_size=page_size, score=score)
-        for score in (PILLAR_SCORES, VEGAS_SCORES)
-    )
+
+    def attention(op: Op, score: ScoreSpec | None = None, selection: ScoreHeads | None = None) -> KernelSpec:
+        return KernelSpec(
+            op=op,
+            heads=heads,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            page_size=page_size,
+            score=score,
+            selection=selection,
+        )
+
+    verify = attention("verify_attention")
+    scored = tuple(attention("verify_attention", score) for score in (PILLAR_SCORES, VEGAS_SCORES))
     select = tuple(select_spec(heads, layer_shared=shared) for shared in (False, True))
-    sparse = tuple(
-        KernelSpec(op="sparse_attention", heads=heads, dtype=dtype, page_size=page_size, selection=selection)
-        for selection in ("kv_head", "layer")
-    )
+    sparse = tuple(attention("sparse_attention", selection=selection) for selection in get_args(ScoreHeads))
     wanted = (verify,) if heads.window is not None else (verify, *scored, *select, *sparse)
     return tuple(spec for spec in wanted if spec.op in ops)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from cases import poisoned
 from specattn_codegen import HeadConfig, ScoreSpec, SpecError, reference
 from specattn_codegen.calls import AttentionInputs
+from specattn_codegen.check import check_attention
+from specattn_codegen.policy import Policy
 from specattn_codegen.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec
-from specattn_runtime import Kernels, TopK, load_kernels, torch_ops
+from specattn_runtime import Kernels, Threshold, TopK, TopP, load_kernels, torch_ops
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SPEC = KernelSpec(op="sparse_attention", heads=HEADS, selection="kv_head")
 SCORE = ScoreSpec(rows="all", heads="kv_head", value="weight")
+PAGES = ScoreSpec(normaliser="reference", granularity="page_max", histogram=True)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +146,42 @@ def test_bad_load_arguments(arguments: dict[str, object], words: str) -> None:
         load_kernels(HEADS, **arguments)  # pyright: ignore[reportArgumentType]
 
 
+SELECTIONS: dict[str, tuple[Policy, dict[str, object]]] = {
+    "k": (TopK(k=5), {"k": 5}),
+    "ratio": (TopK(ratio=0.3, min=4, max=9), {"ratio_ppm": 300_000, "min_keys": 4, "max_keys": 9}),
+    "p": (TopP(0.5, min=4), {"p": 0.5, "min_keys": 4}),
+    "bisection": (TopP(0.5, max=30, bisection_steps=4), {"p": 0.5, "max_keys": 30, "bisection_steps": 4}),
+    "threshold": (Threshold(0.4), {"threshold": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("shape", [(2, 2, 50), (3, 2, 2, 50)])
+def test_selection_as_an_operator(kernels: Kernels, name: str, shape: tuple[int, ...]) -> None:
+    policy, numbers = SELECTIONS[name]
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    prefix_lens, forced = torch.tensor([200, 70], dtype=torch.int32), {"sink": 3, "recent": 9, "block": 4}
+    operator = torch.ops.specattn.select_kv.default
+    assert set(torch.library.opcheck(operator, (scores, prefix_lens), numbers | forced).values()) == {"SUCCESS"}
+    expected = kernels.select_kv(scores, prefix_lens, policy, **forced)
+    indices, counts = operator(scores, prefix_lens, **numbers, **forced)
+    assert torch.equal(indices, expected.indices)
+    assert torch.equal(counts, expected.counts)
+
+
+def test_an_operator_takes_one_policy() -> None:
+    with pytest.raises(SpecError, match="exactly one of k"):
+        torch.ops.specattn.select_kv(torch.rand(1, 1, 8), torch.tensor([8], dtype=torch.int32), k=2, p=0.5)
+
+
+def test_slots_are_places_in_the_cache_the_kernels_were_loaded_for(kernels: Kernels) -> None:
+    table = torch.tensor([[7, 3]], dtype=torch.int32)  # pages of 16 keys
+    prefix_lens = torch.tensor([20], dtype=torch.int32)
+    chosen = kernels.select_kv(torch.arange(20.0).view(1, 1, 20), prefix_lens, TopK(k=6), page_table=table)
+    assert chosen.slots is not None
+    assert chosen.slots.tolist() == [[[7 * 16 + 14, 7 * 16 + 15, *range(48, 52)]]]
+
+
 def test_operators_pass_opcheck_and_equal_the_kernels(kernels: Kernels, problem: AttentionProblem) -> None:
     p, scale = problem, HEADS.scale
     assert p.indices is not None
@@ -149,14 +189,59 @@ def test_operators_pass_opcheck_and_equal_the_kernels(kernels: Kernels, problem:
     calls = {
         torch.ops.specattn.verify_attention.default: (*inputs(p), 3, scale, -1, 0.0, 0, None, "all", "kv_head"),
         torch.ops.specattn.sparse_attention.default: (*inputs(p), p.indices, p.counts, p.tail_start, 3, scale),
-        torch.ops.specattn.select_topk.default: (torch.rand(2, 2, 50), torch.tensor([50, 20], dtype=torch.int32), 5),
     }
     for operator, arguments in calls.items():
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
-    out, lse, scores = torch_ops.verify_attention(*inputs(p), 3, scale, score_rows="all")
+    out, lse, scores, histogram = torch_ops.verify_attention(*inputs(p), 3, scale, score_rows="all")
     expected = kernels.verify_attention(*inputs(p), max_q=3, score=SCORE)
     assert expected.scores is not None
     assert torch.equal(out, expected.out)
     assert torch.equal(lse, expected.lse)
     assert torch.equal(scores[0, :, :297], expected.scores[0, :, :297])
     assert (scores[0, :, 297:] == 0).all()
+    assert histogram.numel() == 0
+
+
+def test_the_verification_operator_serves_references_pages_and_8_bit_caches(problem: AttentionProblem) -> None:
+    operator = torch.ops.specattn.verify_attention.default
+    scores = {
+        "score_rows": "all",
+        "score_normaliser": "reference",
+        "score_granularity": "page_max",
+        "score_histogram": True,
+    }
+    plain = {**scores, "lse_ref": torch.zeros(5, 8)}
+    assert set(torch.library.opcheck(operator, (*inputs(problem), 3, HEADS.scale), plain).values()) == {"SUCCESS"}
+
+    spec = KernelSpec(op="verify_attention", heads=HEADS, kv_dtype="float8_e4m3", score=PAGES)
+    p = attention_problem(spec, q_lens=[3, 1], kv_lens=[200, 40], page_size=16, seed=1)
+    arguments = (*inputs(p), 3, HEADS.scale)
+    given = {**scores, "lse_ref": p.lse_ref, "k_scale": p.k_scale, "v_scale": p.v_scale}
+    out, lse, found, histogram = operator(*arguments, **given)
+    found[0, :, -(-197 // 16) :] = math.nan  # the operator zeroes what no kernel writes
+    found[1, :, -(-39 // 16) :] = math.nan
+    assert check_attention(spec, p, out, lse, found, histogram=histogram).passed
+    bad = {"score_granularity": "pages"}, {"lse_ref": None}
+    for change, words in zip(bad, ("granularity='pages'", "lse_ref"), strict=True):
+        with pytest.raises(SpecError, match=words):
+            operator(*arguments, **{**given, **change})
+    with pytest.raises(SpecError, match="no scale"):
+        torch.ops.specattn.verify_attention(*inputs(problem), 3, HEADS.scale, k_scale=torch.ones(1))
+
+
+def test_8_bit_caches_come_in_their_own_dtype_or_as_bytes_with_scales_of_one_or_every_head() -> None:
+    spec = KernelSpec(op="verify_attention", heads=HEADS, kv_dtype="float8_e5m2")
+    p = attention_problem(spec, q_lens=[2], kv_lens=[90], page_size=16, seed=2)
+    kernels = load_kernels(HEADS, kv_dtype=torch.float8_e5m2)
+    given = kernels.verify_attention(*inputs(p), max_q=2, k_scale=p.k_scale, v_scale=p.v_scale)
+    raw = inputs(p)._replace(k_cache=p.k_cache.view(torch.uint8), v_cache=p.v_cache.view(torch.uint8))
+    same = kernels.verify_attention(*raw, max_q=2, k_scale=p.k_scale, v_scale=p.v_scale)
+    assert torch.equal(same.out, given.out)
+    unscaled = kernels.verify_attention(*inputs(p), max_q=2)
+    ones = kernels.verify_attention(*inputs(p), max_q=2, k_scale=torch.ones(2), v_scale=torch.ones(()))
+    assert torch.equal(unscaled.out, ones.out)
+    for bad in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(1, 2)):
+        with pytest.raises(SpecError, match="one for each of 2 KV heads"):
+            kernels.verify_attention(*inputs(p), max_q=2, k_scale=bad)
+    with pytest.raises(SpecError, match="kv_dtype"):
+        load_kernels(HEADS, dtype=torch.float32, kv_dtype=torch.float16)

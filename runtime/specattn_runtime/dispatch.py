@@ -124,20 +124,43 @@ class Kernels:
         *,
         sink: int = 0,
         recent: int = 0,
+        block: int = 1,
+        histogram: torch.Tensor | None = None,
+        page_table: torch.Tensor | None = None,
+        slot_dtype: torch.dtype = torch.int32,
         out: Selection | None = None,
         workspace: torch.Tensor | None = None,
     ) -> Selection:
         """Scores [B, S, N] float32 and prefix_lens [B] int32 -> the keys to keep, exactly and in ascending order.
 
-        The first `sink` and the last `recent` prefix keys are always kept and count inside the budget.
+        The first `sink` and the last `recent` prefix keys are always kept and count inside the budget. A leading layer
+        axis of the scores goes through in one launch. block=n takes scores of n keys each; prefix_lens, budgets, sink
+        and recent stay in keys. histogram is the one verification left with the same scores. With page_table
+        [B, max_pages] int32 the selection also has slots, the blocks' places in the paged cache, of slot_dtype int32 or
+        int64.
+        TopP takes masses, finite and not negative: other scores raise SpecError on the CPU; on a GPU, where looking at
+        them would wait for the device, they give some selection of the forced keys and more.
         """
         self._require_here(scores, "scores")
-        call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, out=out)
-        heads: ScoreHeads = "kv_head" if scores.shape[1] == self.heads.num_kv_heads else "layer"
+        call = select_call(
+            scores,
+            prefix_lens,
+            policy,
+            sink=sink,
+            recent=recent,
+            block=block,
+            histogram=histogram,
+            page_table=page_table,
+            page_size=self.page_size,
+            slot_dtype=slot_dtype,
+            out=out,
+        )
+        layers, batch, rows, columns = call.shape
+        heads: ScoreHeads = "kv_head" if rows == self.heads.num_kv_heads else "layer"
         spec = self._spec("select_kv", None, heads)
-        kernel = self._kernel(spec, scores.shape[0], 1, max(1, scores.shape[2]), call.indices.shape[2])
+        kernel = self._kernel(spec, layers * batch, 1, max(1, columns), call.indices.shape[-1])
         kernel.launch(call, self._workspace(kernel, call, workspace))
-        return Selection(call.indices, call.counts)
+        return call.selection
 
     def sparse_attention(
         self,
@@ -245,7 +268,7 @@ class Kernels:
             return found.plan, found.rung
         tune = (
             f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
-            f"--dtype {self.dtype} --page-size {self.page_size}"
+            f"--dtype {self.dtype}{f' --kv-dtype {self.kv_dtype}' if self.kv_dtype else ''} --page-size {self.page_size}"
         )
         message = f"no tuned entry for {spec.name} on {self.arch.name} ({self.heads.name}); to make one: {tune}"
         if self._strict:

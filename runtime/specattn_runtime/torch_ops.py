@@ -16,16 +16,18 @@ from specattn_codegen.calls import select_call
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Kernel
-from specattn_codegen.policy import TopK
+from specattn_codegen.policy import PPM, Policy, Threshold, TopK, TopP, selection_width
 from specattn_codegen.render import render
 from specattn_codegen.results import Selection, VerifyOutput
-from specattn_codegen.spec import KernelSpec, ScoreSpec
+from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec, ScoreSpec
 from specattn_runtime.dispatch import Kernels, load_kernels
 
 
 @functools.cache
-def _kernels(heads: HeadConfig, device: torch.device, dtype: torch.dtype, page_size: int) -> Kernels:
-    return load_kernels(heads, device=device, dtype=dtype, page_size=page_size, keep_scratch=False)
+def _kernels(
+    heads: HeadConfig, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int
+) -> Kernels:
+    return load_kernels(heads, device=device, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, keep_scratch=False)
 
 
 def _kernels_of(
@@ -52,14 +54,34 @@ def _kernels_of(
         window=window or None,
         sinks=sinks is not None,
     )
-    return _kernels(heads, q.device, q.dtype, k_cache.shape[1])
+    return _kernels(heads, q.device, q.dtype, k_cache.dtype, k_cache.shape[1])
 
 
-def _score_shape(
-    score_heads: str, k_cache: torch.Tensor, page_table: torch.Tensor, kv_lens: torch.Tensor, max_kv: int
-) -> tuple[int, int, int]:
-    columns = page_table.shape[1] * k_cache.shape[1] if max_kv < 0 else max_kv
-    return kv_lens.shape[0], 1 if score_heads == "layer" else k_cache.shape[2], columns
+def _score_spec(rows: str, heads: str, value: str, normaliser: str, granularity: str, histogram: bool) -> ScoreSpec:
+    """Raises SpecError for a name that ScoreSpec does not know."""
+    return ScoreSpec(
+        rows=rows,  # pyright: ignore[reportArgumentType]
+        heads=heads,  # pyright: ignore[reportArgumentType]
+        value=value,  # pyright: ignore[reportArgumentType]
+        normaliser=normaliser,  # pyright: ignore[reportArgumentType]
+        granularity=granularity,  # pyright: ignore[reportArgumentType]
+        histogram=histogram,
+    )
+
+
+def _new_scores(
+    score: ScoreSpec | None, q: torch.Tensor, k_cache: torch.Tensor, page_table: torch.Tensor, max_kv: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed scores and histogram; each of 0 elements where the operator gives none."""
+    if score is None:
+        return q.new_zeros(0, dtype=torch.float32), q.new_zeros(0, dtype=torch.int32)
+    page_size = k_cache.shape[1]
+    columns = score.columns(page_table.shape[1] * page_size if max_kv < 0 else max_kv, page_size)
+    rows = (page_table.shape[0], 1 if score.heads == "layer" else k_cache.shape[2])
+    return (
+        q.new_zeros((*rows, columns), dtype=torch.float32),
+        q.new_zeros((*rows, HISTOGRAM_BINS) if score.histogram else 0, dtype=torch.int32),
+    )
 
 
 @torch.library.custom_op("specattn::verify_attention", mutates_args=())
@@ -78,25 +100,38 @@ def verify_attention(
     sinks: torch.Tensor | None = None,
     score_rows: str = "",
     score_heads: str = "kv_head",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out, lse and scores; scores is empty where score_rows is ""."""
+    score_value: str = "weight",
+    score_normaliser: str = "exact",
+    score_granularity: str = "token",
+    score_histogram: bool = False,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse, scores and histogram. Scores are empty where score_rows is "", and so is a histogram that is
+    not asked for."""
     kernels = _kernels_of(q, k_cache, v_cache, sinks, scale, softcap, window)
-    score = ScoreSpec(rows=score_rows, heads=score_heads) if score_rows else None  # pyright: ignore[reportArgumentType]
-    shape = _score_shape(score_heads, k_cache, page_table, kv_lens, max_kv) if score else (0,)
+    named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
+    score = _score_spec(*named) if score_rows else None
+    scores, histogram = _new_scores(score, q, k_cache, page_table, max_kv)
     out = VerifyOutput(
         q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
         q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
-        q.new_zeros(shape, dtype=torch.float32),
+        scores,
+        histogram,
     )
     kernels.verify_attention(
         *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
         max_q=max_q,
         max_kv=None if max_kv < 0 else max_kv,
         score=score,
+        lse_ref=lse_ref,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
         out=out,
     )
-    return out.out, out.lse, q.new_zeros(0, dtype=torch.float32) if out.scores is None else out.scores
+    return out.out, out.lse, scores, histogram
 
 
 @verify_attention.register_fake
@@ -115,12 +150,19 @@ def _(
     sinks: torch.Tensor | None = None,
     score_rows: str = "",
     score_heads: str = "kv_head",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape = _score_shape(score_heads, k_cache, page_table, kv_lens, max_kv) if score_rows else (0,)
+    score_value: str = "weight",
+    score_normaliser: str = "exact",
+    score_granularity: str = "token",
+    score_histogram: bool = False,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
     return (
         q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
         q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
-        q.new_empty(shape, dtype=torch.float32),
+        *_new_scores(_score_spec(*named) if score_rows else None, q, k_cache, page_table, max_kv),
     )
 
 
@@ -141,6 +183,8 @@ def sparse_attention(
     softcap: float = 0.0,
     window: int = 0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out and lse."""
     kernels = _kernels_of(q, k_cache, v_cache, sinks, scale, softcap, window)
@@ -151,6 +195,8 @@ def sparse_attention(
         max_q=max_q,
         max_kv=None if max_kv < 0 else max_kv,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return result.out, result.lse
 
@@ -172,6 +218,8 @@ def _(
     softcap: float = 0.0,
     window: int = 0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
@@ -188,24 +236,69 @@ def _selector(device_type: str) -> Kernel:
     return build.load(render(spec, plan, build.target_for(plan, arch)))
 
 
-@torch.library.custom_op("specattn::select_topk", mutates_args=())
-def select_topk(
-    scores: torch.Tensor, prefix_lens: torch.Tensor, k: int, sink: int = 0, recent: int = 0
+def _policy(
+    k: int | None,
+    ratio_ppm: int | None,
+    least: int,
+    most: int | None,
+    p: float | None,
+    bisection_steps: int | None,
+    threshold: float | None,
+) -> Policy:
+    given = {"k": k, "ratio_ppm": ratio_ppm, "p": p, "threshold": threshold}
+    if sum(value is not None for value in given.values()) != 1:
+        raise SpecError(f"{given}: give exactly one of k, ratio_ppm, p and threshold")
+    if p is not None:
+        return TopP(p, min=least, max=most, bisection_steps=bisection_steps)
+    if threshold is not None:
+        return Threshold(threshold)
+    return TopK(k=k, ratio=None if ratio_ppm is None else ratio_ppm / PPM, min=least, max=most)
+
+
+@torch.library.custom_op("specattn::select_kv", mutates_args=())
+def select_kv(
+    scores: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    k: int | None = None,
+    ratio_ppm: int | None = None,
+    min_keys: int = 0,
+    max_keys: int | None = None,
+    p: float | None = None,
+    bisection_steps: int | None = None,
+    threshold: float | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    block: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns indices [B, S, K], K = min(N, max(k, sink + recent)), and counts [B, S]."""
-    call = select_call(scores, prefix_lens, TopK(k=k), sink=sink, recent=recent)
+    """Returns indices [B, S, K] and counts [B, S], with a leading layer axis if scores [B, S, N] have one.
+
+    Exactly one of k, ratio_ppm, p and threshold names the policy; min_keys and max_keys go with ratio_ppm and p.
+    """
+    policy = _policy(k, ratio_ppm, min_keys, max_keys, p, bisection_steps, threshold)
+    call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
     kernel = _selector(scores.device.type)
     kernel.launch(call, torch.empty(kernel.workspace_bytes(call), dtype=torch.uint8, device=scores.device))
     return call.indices, call.counts
 
 
-@select_topk.register_fake
+@select_kv.register_fake
 def _(
-    scores: torch.Tensor, prefix_lens: torch.Tensor, k: int, sink: int = 0, recent: int = 0
+    scores: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    k: int | None = None,
+    ratio_ppm: int | None = None,
+    min_keys: int = 0,
+    max_keys: int | None = None,
+    p: float | None = None,
+    bisection_steps: int | None = None,
+    threshold: float | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    block: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, rows, columns = scores.shape
-    width = min(columns, max(k, sink + recent))
+    policy = _policy(k, ratio_ppm, min_keys, max_keys, p, bisection_steps, threshold)
+    width = selection_width(policy, scores.shape[-1] * block, sink, recent, block)
     return (
-        torch.empty(batch, rows, width, dtype=torch.int32, device=scores.device),
-        torch.empty(batch, rows, dtype=torch.int32, device=scores.device),
+        torch.empty(*scores.shape[:-1], width, dtype=torch.int32, device=scores.device),
+        torch.empty(*scores.shape[:-1], dtype=torch.int32, device=scores.device),
     )

@@ -20,7 +20,7 @@ from specattn_codegen.environment import device_name
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.plan import BACKENDS, Backend
-from specattn_codegen.spec import DTYPES, OPS, Dtype, Op
+from specattn_codegen.spec import DTYPES, FLOAT8, OPS, Dtype, KvDtype, Op
 from specattn_codegen.tune import plan_tasks, tune
 from specattn_codegen.tune_session import Budget, Target, Task
 from specattn_codegen.workloads import default_workloads, model_specs
@@ -44,6 +44,7 @@ Examples:
 @click.option("--gpu", default="local", show_default=True, metavar="NAME|local|cpu", help="The processor to tune for.")
 @click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Only this operation; may be repeated.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of q and the KV cache. [bfloat16; float32 on the CPU]")
+@click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales.")
 @click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page of the cache.")
 @click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks the heads are split over.")
 @click.option("--trials", type=int, help="Plans tried per search. [16 where modelled, 12 where measured]")
@@ -59,6 +60,7 @@ def command(
     gpu: str,
     ops: tuple[Op, ...],
     dtype: Dtype | None,
+    kv_dtype: KvDtype | None,
     page_size: int,
     tp: int,
     trials: int | None,
@@ -82,7 +84,8 @@ def command(
     kinds = find_heads(model, heads, tp)
     folder = require_writable(out or paths.user_packs_dir(), "--out")
     budget = find_budget(trials, timeout, seed, target)
-    tune_all(kinds, target, dtype, ops or OPS, budget, folder)
+    chosen: Dtype = dtype or ("bfloat16" if target.arch.is_gpu else "float32")
+    tune_all(kinds, target, chosen, kv_dtype, ops or OPS, budget, folder)
 
 
 def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
@@ -138,20 +141,26 @@ def require_writable(folder: Path, name: str) -> Path:
 
 
 def tune_all(
-    kinds: list[HeadConfig], target: Target, dtype: Dtype | None, ops: tuple[Op, ...], budget: Budget, out: Path
+    kinds: list[HeadConfig],
+    target: Target,
+    dtype: Dtype,
+    kv_dtype: KvDtype | None,
+    ops: tuple[Op, ...],
+    budget: Budget,
+    out: Path,
 ) -> None:
     screen = output()
-    chosen: Dtype = dtype or ("bfloat16" if target.arch.is_gpu else "float32")
     spec_page_size = target.page_size if target.arch.is_gpu else 0
     searches: list[list[Task]] = []
     for heads in kinds:
         pack.existing(out, target.arch, heads)  # a pack that must not be added to is found before tuning starts
-        specs = model_specs(heads, dtype=chosen, page_size=spec_page_size, ops=ops)
+        specs = model_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=spec_page_size, ops=ops)
         searches.append(plan_tasks([(spec, default_workloads(spec, target.arch)) for spec in specs], target))
     how = "measured here" if target.is_present else "modelled, as it is not here"
     named = ", ".join(heads.name for heads in kinds)
     screen.print(
-        f"{named} on {target.arch.name} ({how}), {chosen}, at most {budget.trials} trials a search", markup=False
+        f"{named} on {target.arch.name} ({how}), {kv_dtype or dtype}, at most {budget.trials} trials a search",
+        markup=False,
     )
     started = time.monotonic()
     progress = TuningProgress(screen, sum(map(len, searches)))
