@@ -268,8 +268,8 @@ class Kernels:
             return found.plan, found.rung
         tune = (
             f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
-            f"--dtype {self.dtype}{f' --kv-dtype {self.kv_dtype}' if self.kv_dtype else ''} --page-size {self.page_size}"
-        )
+            f"--dtype {self.dtype} --page-size {self.page_size}"
+        ) + (f" --kv-dtype {self.kv_dtype}" if self.kv_dtype else "")
         message = f"no tuned entry for {spec.name} on {self.arch.name} ({self.heads.name}); to make one: {tune}"
         if self._strict:
             raise SpecError(message)
