@@ -163,7 +163,7 @@ def test_selection_as_an_operator(kernels: Kernels, name: str, shape: tuple[int,
     prefix_lens, forced = torch.tensor([200, 70], dtype=torch.int32), {"sink": 3, "recent": 9, "block": 4}
     operator = torch.ops.specattn.select_kv.default
     assert set(torch.library.opcheck(operator, (scores, prefix_lens), numbers | forced).values()) == {"SUCCESS"}
-    expected = kernels.select_kv(scores, prefix_lens, policy, **forced)
+    expected = kernels.select_kv(scores, prefix_lens, policy, sink=3, recent=9, block=4)
     indices, counts = operator(scores, prefix_lens, **numbers, **forced)
     assert torch.equal(indices, expected.indices)
     assert torch.equal(counts, expected.counts)
