@@ -65,15 +65,46 @@ static inline float score_of(uint32_t key) {
     return score;
 }
 
+// ---- vectors: of masks, of scores and of integers; pack() moves what a mask marks to the front ----
+
+constexpr int LANES = 16;
+
+static inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+static inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+static inline __m512 splat(float x) { return _mm512_set1_ps(x); }
+static inline __m512i splat(uint32_t x) { return _mm512_set1_epi32((int)x); }
+static inline uint32_t at_least(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+static inline uint32_t at_least(__m512i a, __m512i b) { return _mm512_cmpge_epu32_mask(a, b); }
+static inline __m512i minus(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }
+static inline __m512i pack(__m512i v, uint32_t mask) { return _mm512_maskz_compress_epi32((__mmask16)mask, v); }
+static inline __m512i bits_of(__m512 v) { return _mm512_castps_si512(v); }
+
+// Lane numbers that a mask marks, from `first` on.
+static inline __m512i pack_lanes(uint32_t mask, int32_t first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return pack(_mm512_add_epi32(lanes, splat((uint32_t)first)), mask);
+}
+
 static inline __m512i ordered(__m512 scores) {
-    const __m512i sign = _mm512_set1_epi32((int)SIGN);
-    __m512i bits = _mm512_castps_si512(scores);
-    bits = _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(bits, sign), bits);
-    const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign);
+    __m512i bits = bits_of(scores);
+    bits = _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(bits, splat(SIGN)), bits);
+    const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), splat(SIGN));
     return _mm512_maskz_xor_epi32(_mm512_cmp_ps_mask(scores, scores, _CMP_ORD_Q), bits, flip);
 }
 
-static inline __m512i lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+// Stores two packed vectors of which `number` lanes count; half of them, as most often, crosses fewer cache lines.
+static inline void store_packed(void* p, __m512i v, void* q, __m512i w, int number) {
+    if (number <= 8) {
+        _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(v));
+        _mm256_storeu_si256((__m256i*)q, _mm512_castsi512_si256(w));
+    } else {
+        store(p, v);
+        store(q, w);
+    }
+}
+
+// ---- memory of a thread ----
 
 struct Scratch {
     float* values;     // scores that reach the floor, in their order
@@ -98,23 +129,13 @@ static Scratch scratch_of(const Arguments& a, int thread) {
 static int64_t keep(const float* scores, int64_t count, float floor, int32_t first, const Scratch& s) {
     const bool all = floor != floor;
     int64_t kept = 0, i = 0;
-    const __m512 limit = _mm512_set1_ps(floor);
-    const __mmask16 any = all ? 0xffff : 0;
-    __m512i index = _mm512_add_epi32(lanes(), _mm512_set1_epi32(first));
-    for (; i + 16 <= count; i += 16) {
-        const __m512 score = _mm512_loadu_ps(scores + i);
-        const __mmask16 take = _mm512_cmp_ps_mask(score, limit, _CMP_GE_OQ) | any;
-        const __m512i values = _mm512_castps_si512(_mm512_maskz_compress_ps(take, score));
-        const __m512i indices = _mm512_maskz_compress_epi32(take, index);
+    const uint32_t any = all ? (1u << LANES) - 1 : 0;
+    for (; i + LANES <= count; i += LANES) {
+        const auto score = load(scores + i);
+        const uint32_t take = at_least(score, splat(floor)) | any;
         const int number = __builtin_popcount(take);
-        if (number <= 8) {  // most often, and narrow stores cross fewer cache lines
-            _mm256_storeu_si256((__m256i*)(s.values + kept), _mm512_castsi512_si256(values));
-            _mm256_storeu_si256((__m256i*)(s.indices + kept), _mm512_castsi512_si256(indices));
-        } else {
-            _mm512_storeu_si512(s.values + kept, values);
-            _mm512_storeu_si512(s.indices + kept, indices);
-        }
-        index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+        const auto indices = pack_lanes(take, first + (int32_t)i);
+        store_packed(s.values + kept, pack(bits_of(score), take), s.indices + kept, indices, number);
         kept += number;
     }
     for (; i < count; i++) {
@@ -185,20 +206,20 @@ template <bool BY_MASS> static Weight weigh(const uint32_t* keys, int64_t count,
     return {number, add_up(count, [=](int64_t i) { return keys[i] >= from ? -scores[i] : 0.0f; })};
 }
 
-// Keeps the `size` keys from `lowest` on, in place.
-static int64_t keep_range(uint32_t* keys, int64_t count, uint32_t lowest, uint32_t size) {
+// Keeps the keys of [lowest, highest], in place.
+static int64_t keep_range(uint32_t* keys, int64_t count, uint32_t lowest, uint32_t highest) {
     int64_t kept = 0, i = 0;
-    const __m512i base = _mm512_set1_epi32((int)lowest), limit = _mm512_set1_epi32((int)size);
-    for (; i + 16 <= count; i += 16) {
-        const __m512i key = _mm512_loadu_si512(keys + i);
-        const __mmask16 inside = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(key, base), limit);
-        _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(inside, key));
-        kept += __builtin_popcount(inside);
+    const auto size = splat(highest - lowest);
+    for (; i + LANES <= count; i += LANES) {
+        const auto key = load((const void*)(keys + i));
+        const uint32_t take = at_least(size, minus(key, splat(lowest)));
+        store(keys + kept, pack(key, take));
+        kept += __builtin_popcount(take);
     }
     for (; i < count; i++) {
         const uint32_t key = keys[i];
         keys[kept] = key;
-        kept += key - lowest < size;
+        kept += lowest <= key && key <= highest;
     }
     return kept;
 }
@@ -251,12 +272,12 @@ template <bool BY_MASS> static Limit search(int64_t count, double needed, const 
         if (w.weight >= needed) low = middle, lower = w;
         else high = middle, upper = w;
         if (4 * (lower.number - upper.number) > count) continue;
-        count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - low));
+        count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - 1));
         needed -= upper.weight;
         taken += upper.number;
         lower = {count, 0.0}, upper = {0, 0.0};
     }
-    count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - low));
+    count = keep_range(s.keys, count, (uint32_t)low, (uint32_t)(high - 1));
     needed -= upper.weight;
     Limit limit = {(uint32_t)low, 0, 0, true};
     if (count <= FEW) limit = take_from_few<BY_MASS>(s.keys, count, needed);
@@ -270,17 +291,14 @@ template <bool BY_MASS> static Limit search(int64_t count, double needed, const 
 }
 
 // Writes, ascending, the indices of the kept values [first, last) whose keys are at least `from`, until `wanted` are
-// written in all.
+// written in all; places up to there may be written early.
 static int64_t write_from(int64_t first, int64_t last, uint32_t from, const Scratch& s, int32_t* out, int64_t taken,
                           int64_t wanted) {
     int64_t i = first;
-    const __m512i border = _mm512_set1_epi32((int)from);
-    for (; i + 16 <= last; i += 16) {
-        const __mmask16 take = _mm512_cmpge_epu32_mask(ordered(_mm512_loadu_ps(s.values + i)), border);
-        const int number = __builtin_popcount(take);
-        const __m512i indices = _mm512_maskz_compress_epi32(take, _mm512_loadu_si512(s.indices + i));
-        _mm512_mask_storeu_epi32(out + taken, (__mmask16)((1u << number) - 1), indices);
-        taken += number;
+    for (; i + LANES <= last && taken + LANES <= wanted; i += LANES) {
+        const uint32_t take = at_least(ordered(load(s.values + i)), splat(from));
+        store(out + taken, pack(load((const void*)(s.indices + i)), take));
+        taken += __builtin_popcount(take);
     }
     for (; i < last && taken < wanted; i++) {
         out[taken] = s.indices[i];
@@ -478,7 +496,7 @@ static bool select_row(const Arguments& a, int layer, int request, int row, cons
     return valid;
 }
 
-constexpr int64_t SCORES_PER_THREAD = 64 << 10;  // a thread is worth waking for about 10 microseconds of work
+constexpr int64_t SCORES_PER_THREAD = 64 << 10;  // a thread is worth waking for about 20 microseconds of work
 
 static int useful_threads(const Arguments& a) {
     const int64_t scores = (int64_t)a.layers * a.batch * a.rows * a.columns;
