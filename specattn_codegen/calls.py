@@ -111,6 +111,7 @@ def attention_call(
         v_scale=_cache_scale(spec, "v_scale", v_scale, q.device),
         indices=selection.indices if selection else None,
         counts=selection.counts if selection else None,
+        block=selection.block if selection else 1,
         tail_start=tail_start,
     )
     if q.device.type == "cpu":
@@ -191,8 +192,8 @@ def _check_selection(
         )
     if not selection.counts.is_contiguous():
         raise SpecError(f"selection.counts has strides {selection.counts.stride()}: must be contiguous")
-    if selection.block != 1:
-        raise SpecError(f"selection.block={selection.block}: this kernel takes single keys; select with block=1")
+    if selection.block < 1:
+        raise SpecError(f"selection.block={selection.block}: must be at least 1 key per index")
     if tail_start is None:
         raise SpecError("tail_start: a selection needs the position at which the dense tail begins")
     _require(tail_start, "tail_start", (batch,), torch.int32, device)
@@ -376,6 +377,7 @@ def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
         indices=p.indices,
         counts=p.counts,
         tail_start=p.tail_start if p.indices is not None else None,
+        block=p.block,
         lse_ref=p.lse_ref,
         histogram=histogram,
         k_scale=_cache_scale(spec, "k_scale", p.k_scale, p.q.device),

@@ -96,7 +96,7 @@ def expect_attention(spec: KernelSpec, problem: AttentionProblem) -> VerifyOutpu
         )
     if problem.indices is None or problem.counts is None:
         raise TypeError("a sparse_attention problem carries a selection")
-    selection = Selection(problem.indices, problem.counts)
+    selection = Selection(problem.indices, problem.counts, problem.block)
     found = reference.sparse_attention(*common, selection, problem.tail_start, heads=spec.heads, **scales)
     return VerifyOutput(found.out, found.lse, None)
 

@@ -23,7 +23,7 @@ class AttentionCall:
     bounds a request's rows and max_kv its keys; both shape the grid. Outputs are written in place: out
     [total_q, Hq, Dv], lse [total_q, Hq] float32, scores [B, S, columns] float32 and histogram [B, S, HISTOGRAM_BINS]
     int32 where the spec has them. Sparse attention also has indices [B, S, K], counts [B, S] and tail_start [B], all
-    int32. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
+    int32; an index names `block` keys. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
     """
 
     q: torch.Tensor
@@ -41,6 +41,7 @@ class AttentionCall:
     indices: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     tail_start: torch.Tensor | None = None
+    block: int = 1
     lse_ref: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None

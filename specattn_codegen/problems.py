@@ -42,6 +42,7 @@ class AttentionProblem:
     indices: torch.Tensor | None
     counts: torch.Tensor | None
     tail_start: torch.Tensor
+    block: int = 1
     lse_ref: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
@@ -78,7 +79,7 @@ def _page_table(kv_lens: Sequence[int], page_size: int, generator: torch.Generat
 def _selection(
     spec: KernelSpec, tails: Sequence[int], budget: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ascending selections below each tail, one per selection row, -1 padded."""
+    """Random ascending selections out of `tails` indices, one per selection row, -1 padded."""
     indices = torch.full((len(tails), spec.selection_heads, max(1, budget)), -1, dtype=torch.int32)
     counts = torch.zeros(len(tails), spec.selection_heads, dtype=torch.int32)
     for request, tail in enumerate(tails):
@@ -98,10 +99,12 @@ def attention_problem(
     page_size: int,
     seed: int,
     budget: int = 0,
+    block: int = 1,
     layout: Layout = "nhd",
     magnitude: float = 1.0,
 ) -> AttentionProblem:
-    """A ragged problem on the CPU. `kv_lens` count the rows' own keys; `magnitude` scales q, so that softmax peaks."""
+    """A ragged problem on the CPU. `kv_lens` count the rows' own keys; `magnitude` scales q, so that softmax peaks;
+    `budget` counts selected indices, of `block` keys each."""
     generator = torch.Generator().manual_seed(seed)
     heads, dtype, cache_dtype = spec.heads, TORCH_DTYPES[spec.dtype], TORCH_DTYPES[spec.cache_dtype]
     table, pages = _page_table(kv_lens, page_size, generator)
@@ -115,7 +118,9 @@ def attention_problem(
     total_q = sum(q_lens)
     q = torch.randn(total_q, heads.num_q_heads, heads.head_dim, generator=generator) * magnitude
     tails = [length - rows for rows, length in zip(q_lens, kv_lens, strict=True)]
-    indices, counts = _selection(spec, tails, budget, generator) if spec.selection else (None, None)
+    indices, counts = (
+        _selection(spec, [-(-tail // block) for tail in tails], budget, generator) if spec.selection else (None, None)
+    )
     return AttentionProblem(
         q=q.to(dtype),
         k_cache=_same_layout(k_cache, cache_dtype)[..., : heads.head_dim],
@@ -129,6 +134,7 @@ def attention_problem(
         indices=indices,
         counts=counts,
         tail_start=torch.tensor([max(0, tail) for tail in tails], dtype=torch.int32),
+        block=block,
         lse_ref=_references(spec, q_lens, kv_lens, generator),
         k_scale=torch.rand(heads.num_kv_heads, generator=generator) + 0.5 if spec.is_float8 else None,
         v_scale=torch.rand(1, generator=generator) + 0.5 if spec.is_float8 else None,

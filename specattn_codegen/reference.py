@@ -288,7 +288,8 @@ def sparse_attention(
         for kv_head in range(heads.num_kv_heads):
             row = 0 if kinds == "layer" else kv_head
             count = int(selection.counts[request, row])
-            picked = selection.indices[request, row, :count].long()
+            blocks = selection.indices[request, row, :count].long() * selection.block
+            picked = (blocks[:, None] + torch.arange(selection.block)).flatten()
             visible[kv_head, picked[picked < min(int(tail_start[request]), kv_len)]] = True
         visible[:, max(0, int(tail_start[request])) :] = True
         visible = visible.repeat_interleave(heads.group, dim=0)  # [Hq, kv_len]

@@ -331,6 +331,23 @@ def test_a_nan_query_head_gives_nan_and_harms_no_other() -> None:
         assert torch.equal(dirty.out[others], clean.out[others])
 
 
+@pytest.mark.parametrize("block", [2, 16, 17])
+def test_an_index_may_name_a_block_of_keys(block: int) -> None:
+    """The last block may reach past the tail's start: there it adds nothing, as the tail holds those keys already."""
+    kernel = kernel_for(sparse_spec(SMALL))
+    for q_lens, kv_lens, page_size in RAGGED[1:]:
+        problem = attention_problem(
+            kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=14, budget=7, block=block
+        )
+        result = verdict(kernel, problem)
+        assert result.passed, result.detail
+        everything = attention_problem(
+            kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=15, budget=5000, block=block
+        )
+        dense = run(kernel_for(verify_spec(SMALL)), everything)
+        torch.testing.assert_close(run(kernel, everything).out, dense.out)
+
+
 def test_indices_that_name_no_selectable_key_are_hidden_wherever_they_stand() -> None:
     """Unsorted, negative, at or past the tail, past every key: the rest of the selection counts as if alone."""
     kernel = kernel_for(sparse_spec(SMALL))

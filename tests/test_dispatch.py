@@ -118,8 +118,8 @@ def test_bad_selections_are_refused(kernels: Kernels, problem: AttentionProblem)
     wrong_rows = Selection(torch.zeros(2, 3, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32))
     with pytest.raises(SpecError, match="3 rows per request"):
         kernels.sparse_attention(*inputs(problem), wrong_rows, problem.tail_start, max_q=3)
-    blocks = Selection(torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), block=16)
-    with pytest.raises(SpecError, match="block=16"):
+    blocks = Selection(torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), block=0)
+    with pytest.raises(SpecError, match="block=0"):
         kernels.sparse_attention(*inputs(problem), blocks, problem.tail_start, max_q=3)
     with pytest.raises(SpecError, match="sink=-1"):
         kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), TopK(k=2), sink=-1)

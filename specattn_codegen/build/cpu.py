@@ -110,7 +110,7 @@ class _AttentionArguments(ctypes.Structure):
         *("table_row", "score_request", "score_row", "index_request", "index_row"),
         *("k_scale_head", "v_scale_head"),
     )
-    _SIZES = ("batch", "page_size", "max_q", "max_kv", "selected_width", "threads")
+    _SIZES = ("batch", "page_size", "max_q", "max_kv", "selected_width", "block", "threads")
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _STRIDES),
@@ -165,7 +165,7 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
         *(q[0], q[1], *k[:3], *v[:3], out[0], out[1], call.page_table.stride(0), *scores, *index),
         *(0 if scale is None else scale.stride(0) for scale in (call.k_scale, call.v_scale)),
         *(call.batch, call.k_cache.shape[1], call.max_q, call.max_kv),
-        0 if call.indices is None else call.indices.shape[2],
+        *(0 if call.indices is None else call.indices.shape[2], call.block),
         torch.get_num_threads(),
     )
 

@@ -130,7 +130,7 @@ struct Arguments {
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
-    int32_t batch, page_size, max_q, max_kv, selected_width, threads;
+    int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
 };
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -153,13 +153,13 @@ static Request request_of(const Arguments& a, int index) {
     return r;
 }
 
-// Selected keys before the tail; indices ascend, so those at or past it are at the end.
+// Selected keys before the tail, in whole blocks; indices ascend, so those at or past it are at the end.
 static int selected_count(const Arguments& a, const Request& r, int request, int kv_head) {
     const int row = kv_head;
     const int32_t* indices = a.indices + request * a.index_request + row * a.index_row;
     int count = smaller(a.counts[(int64_t)request * NUM_KV_HEADS + row], a.selected_width);
-    while (count > 0 && indices[count - 1] >= r.tail_start) count--;
-    return larger(0, count);
+    while (count > 0 && (int64_t)indices[count - 1] * a.block >= r.tail_start) count--;
+    return larger(0, count) * a.block;
 }
 
 // Keys a request goes over: its selected keys, then the tail.
@@ -188,13 +188,16 @@ static void locate(const Arguments& a, const Request& r, const Task& task, int s
     const int32_t* indices = a.indices + task.request * a.index_request + head * a.index_row;
     tile.count = smaller(KEY_TILE, task.end - begin);
     int newest = 0, oldest = INT32_MAX;
+    int block_index = begin / a.block, within_block = begin % a.block;
     for (int j = 0; j < tile.count; j++) {
         const int key = begin + j;
-        const int position = key < selected ? indices[key] : r.tail_start + key - selected;
+        int64_t position = r.tail_start + key - selected;
+        if (key < selected) position = (int64_t)indices[block_index] * a.block + within_block;
+        if (++within_block == a.block) within_block = 0, block_index++;
         const bool valid = key >= selected || (position >= 0 && position < r.tail_start);
-        const int at = valid ? position : r.kv_len - 1;  // any live key: what names no selectable one is hidden
+        const int at = valid ? (int)position : r.kv_len - 1;  // any live key: what names no selectable one is hidden
         const int64_t page = pages[at / a.page_size], slot = at % a.page_size;
-        tile.position[j] = valid ? position : INT32_MAX;
+        tile.position[j] = valid ? (int)position : INT32_MAX;
         newest = larger(newest, tile.position[j]);
         oldest = smaller(oldest, tile.position[j]);
         tile.k[j] = k + page * a.k_page + slot * a.k_slot;
@@ -464,7 +467,7 @@ static Workspace plan_workspace(const Arguments& a) {
         return p;
     };
     const int64_t rows = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
-    const int64_t longest = (int64_t)a.selected_width + a.max_kv;
+    const int64_t longest = (int64_t)a.selected_width * a.block + a.max_kv;
     const int64_t splits = a.batch * HEAD_BLOCKS * divide_up(longest + KEY_TILE, SPLIT_KEYS);
     w.split_offset = (int32_t*)take((a.batch * HEAD_BLOCKS + 1) * 4);
     w.partial_max = (float*)take(splits * rows * 4);

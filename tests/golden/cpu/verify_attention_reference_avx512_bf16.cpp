@@ -118,7 +118,7 @@ struct Arguments {
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
-    int32_t batch, page_size, max_q, max_kv, selected_width, threads;
+    int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
 };
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
