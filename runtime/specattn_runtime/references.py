@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 
 
-def row_references(steps: Sequence[torch.Tensor], fallback: torch.Tensor) -> torch.Tensor:
+def row_references(steps: Sequence[torch.Tensor], floor: torch.Tensor) -> torch.Tensor:
     """The lse of each draft step [layers, B, Hq], NaN where it did not run a request -> [layers, B, steps + 1, Hq].
 
     Row i of a verification is the token that draft step i ran. No step ran a request's last draft, nor the padding
-    after it: those rows take the highest lse of its steps, because one too high only makes a row count less, while
-    one too low makes it drown the others. A request that no step ran takes the fallback, [layers, B, Hq].
+    after it: those rows take the highest lse of its steps. None is below the floor [layers, B, Hq], which a request
+    that no step ran takes as it is. Both because a reference too high only makes its row count less, while one too
+    low, of a row whose keys the draft did not read, drowns all others.
     """
-    rows = torch.stack([*steps, torch.full_like(fallback, math.nan)], dim=2)
-    highest = rows.nan_to_num(nan=-math.inf, neginf=-math.inf).amax(dim=2)
-    highest = torch.where(highest == -math.inf, fallback, highest)
-    return torch.where(rows.isnan(), highest[:, :, None], rows)
+    rows = torch.stack([*steps, torch.full_like(floor, math.nan)], dim=2)
+    highest = rows.nan_to_num(nan=-math.inf).amax(dim=2, keepdim=True)
+    return torch.where(rows.isnan(), highest, rows).maximum(floor[:, :, None])

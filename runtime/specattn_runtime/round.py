@@ -31,12 +31,12 @@ NOTHING = -1  # pads token rows where a request has fewer rows than the longest
 class DraftView:
     """What drafts read: one selection a layer, of keys below tail_start [B] int32, and every key from there on.
 
-    lse [layers, B, Hq] is that of each request's last verified row; None where the preset uses no references.
+    least_lse [layers, B, Hq], of each request's verified rows; None where the preset uses no references.
     """
 
     selections: tuple[Selection, ...]
     tail_start: torch.Tensor
-    lse: torch.Tensor | None = None
+    least_lse: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +128,7 @@ class Decoder:
         return emitted, verified.view
 
     def draft(self, newest: torch.Tensor, draft_lens: Sequence[int], view: DraftView) -> Drafted:
-        """newest [B, 1] -> each request's token and its drafts, whose keys stay in the cache.
-
-        The references of a request without drafts are the lse of its last verified row.
-        """
+        """newest [B, 1] -> each request's token and its drafts, whose keys stay in the cache."""
         tokens = torch.nn.functional.pad(newest, (0, max(draft_lens)), value=NOTHING)
         lses: list[torch.Tensor] = []  # of each step [layers, B, Hq], NaN for requests it did not run
         for step in range(max(draft_lens)):
@@ -145,10 +142,11 @@ class Decoder:
             )
             hidden = self.model.forward(tokens[rows.requests, step], rows.positions, attention)
             tokens[rows.requests, step + 1] = self.model.logits(hidden).argmax(dim=1)
-            if view.lse is not None:
-                lses.append(torch.full_like(view.lse, math.nan))
+            if view.least_lse is not None:
+                lses.append(torch.full_like(view.least_lse, math.nan))
                 lses[-1][:, rows.requests] = torch.stack(attention.lses)
-        return Drafted(tokens=tokens, references=None if view.lse is None else row_references(lses, view.lse))
+        references = None if view.least_lse is None else row_references(lses, view.least_lse)
+        return Drafted(tokens=tokens, references=references)
 
     def verify(
         self,
@@ -204,8 +202,15 @@ class Decoder:
         return DraftView(
             selections=tuple(per_layer * repeats),
             tail_start=rows.prefix_lens,
-            lse=torch.stack(verified.lses)[:, rows.cu_q[1:] - 1] if self.preset.uses_references else None,
+            least_lse=self._least_lse(verified, rows) if self.preset.uses_references else None,
         )
+
+    def _least_lse(self, verified: Verify, rows: Rows) -> torch.Tensor:
+        """[layers, B, Hq] over each request's rows; infinite for a request without any."""
+        lses = torch.stack(verified.lses)  # [layers, total_q, Hq]
+        padded = lses.new_full((len(lses), len(rows.prefix_lens), rows.max_q, lses.shape[2]), math.inf)
+        padded[:, rows.requests, rows.offsets] = lses
+        return padded.amin(dim=2)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Cuts every request's keys back to its length."""
