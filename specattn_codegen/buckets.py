@@ -12,6 +12,7 @@ SIZES: dict[Op, tuple[str, ...]] = {
     "verify_attention": ("batch", "q_len", "kv_len"),
     "select_kv": ("kv_len",),
     "sparse_attention": ("batch", "q_len", "budget"),
+    "mixed_attention": ("batch", "q_len", "kv_len"),
 }
 
 # Farthest a tuned workload may lie from the asked one: the sum over the sizes of |log2(ratio)|. Four means a factor of

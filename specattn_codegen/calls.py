@@ -11,14 +11,13 @@ import torch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall, SelectCall
-from specattn_codegen.policy import Policy, Threshold, TopK, selection_width
+from specattn_codegen.policy import MAX_KEYS, Policy, Threshold, TopK, selection_width
 from specattn_codegen.problems import TORCH_DTYPES, AttentionProblem
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec
 
 Shape = tuple[int | None, ...]
 MAX_ROWS = 65535  # of one request; the smallest limit of a launch grid's axes
-MAX_KEYS = 2**31 - 1  # of one row of scores; positions are 32-bit
 SLOT_DTYPES = (torch.int32, torch.int64)
 
 
@@ -78,6 +77,7 @@ def attention_call(
     out: VerifyOutput | SparseOutput | None = None,
     selection: Selection | None = None,
     tail_start: torch.Tensor | None = None,
+    mode: torch.Tensor | None = None,
 ) -> AttentionCall:
     """Checks a call against its spec and allocates the outputs that `out` does not give. Raises SpecError."""
     inputs = _check_inputs(spec, page_size, inputs, sinks)
@@ -92,6 +92,8 @@ def attention_call(
         )
     if selection is not None:
         _check_selection(spec.heads, selection, tail_start, batch, q.device)
+    if mode is not None:
+        _require(mode, "mode", (batch,), torch.int32, q.device)
     score_shape = score_shape_of(spec, batch, max_kv, page_size)
     if out is None:
         out = _allocate_outputs(spec, q, score_shape)
@@ -112,6 +114,7 @@ def attention_call(
         indices=selection.indices if selection else None,
         counts=selection.counts if selection else None,
         block=selection.block if selection else 1,
+        mode=mode,
         tail_start=tail_start,
     )
     if q.device.type == "cpu":
@@ -121,7 +124,7 @@ def attention_call(
 
 def score_shape_of(spec: KernelSpec, batch: int, max_kv: int, page_size: int) -> tuple[int, int, int] | None:
     """[B, S, columns] of the scores a spec asks for."""
-    return (batch, spec.selection_heads, spec.score.columns(max_kv, page_size)) if spec.score else None
+    return (batch, spec.score_rows, spec.score.columns(max_kv, page_size)) if spec.score else None
 
 
 def _check_inputs(
@@ -315,6 +318,7 @@ def _check_selection_output(scores: torch.Tensor, width: int, block: int, wants_
     rows = tuple(scores.shape[:-1])
     _require(out.indices, "out.indices", (*rows, None), torch.int32, scores.device)
     _require(out.counts, "out.counts", rows, torch.int32, scores.device)
+    _require_contiguous(indices=out.indices, counts=out.counts, slots=out.slots)
     if out.indices.shape[-1] < width:
         raise SpecError(
             f"out.indices has {out.indices.shape[-1]} columns: this policy may select {width} of {scores.shape[-1]}"
@@ -327,6 +331,12 @@ def _check_selection_output(scores: torch.Tensor, width: int, block: int, wants_
         if out.slots.dtype not in SLOT_DTYPES:
             raise SpecError(f"out.slots is {out.slots.dtype}: must be torch.int32 or torch.int64")
         _require(out.slots, "out.slots", tuple(out.indices.shape), out.slots.dtype, scores.device)
+
+
+def _require_contiguous(**outputs: torch.Tensor | None) -> None:
+    for name, output in outputs.items():
+        if output is not None and not output.is_contiguous():
+            raise SpecError(f"out.{name} has strides {output.stride()}: must be contiguous")
 
 
 def _thresholds(policy: Policy, scores: torch.Tensor) -> torch.Tensor | None:
@@ -348,6 +358,8 @@ def _checked_histogram(policy: Policy, scores: torch.Tensor, histogram: torch.Te
     if not isinstance(policy, TopK):
         raise SpecError(f"histogram: {type(policy).__name__} has no use for counts of scores; leave it out")
     _require(histogram, "histogram", (*scores.shape[:-1], HISTOGRAM_BINS), torch.int32, scores.device)
+    if not histogram.is_contiguous():
+        raise SpecError(f"histogram has strides {histogram.stride()}: must be contiguous, as verification leaves it")
     return histogram
 
 
@@ -378,6 +390,7 @@ def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
         counts=p.counts,
         tail_start=p.tail_start if p.indices is not None else None,
         block=p.block,
+        mode=p.mode,
         lse_ref=p.lse_ref,
         histogram=histogram,
         k_scale=_cache_scale(spec, "k_scale", p.k_scale, p.q.device),

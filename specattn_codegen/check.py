@@ -97,6 +97,18 @@ def expect_attention(spec: KernelSpec, problem: AttentionProblem) -> VerifyOutpu
     if problem.indices is None or problem.counts is None:
         raise TypeError("a sparse_attention problem carries a selection")
     selection = Selection(problem.indices, problem.counts, problem.block)
+    if problem.mode is not None:
+        return reference.mixed_attention(
+            *common,
+            selection,
+            problem.tail_start,
+            problem.mode,
+            heads=spec.heads,
+            score=spec.score,
+            max_kv=problem.max_kv,
+            lse_ref=problem.lse_ref,
+            **scales,
+        )
     found = reference.sparse_attention(*common, selection, problem.tail_start, heads=spec.heads, **scales)
     return VerifyOutput(found.out, found.lse, None)
 

@@ -15,7 +15,7 @@ from specattn_codegen.spec import KernelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """Arguments of verify_attention and sparse_attention, checked.
+    """Arguments of verify_attention, sparse_attention and mixed_attention, checked.
 
     q [total_q, Hq, D]; k_cache, v_cache [num_pages, page_size, Hkv, D]; page_table [B, max_pages] int32;
     kv_lens [B] int32; cu_q [B + 1] int32; sinks [Hq] float32 or None; k_scale, v_scale [Hkv] float32 of an 8-bit
@@ -23,7 +23,8 @@ class AttentionCall:
     bounds a request's rows and max_kv its keys; both shape the grid. Outputs are written in place: out
     [total_q, Hq, Dv], lse [total_q, Hq] float32, scores [B, S, columns] float32 and histogram [B, S, HISTOGRAM_BINS]
     int32 where the spec has them. Sparse attention also has indices [B, S, K], counts [B, S] and tail_start [B], all
-    int32; an index names `block` keys. workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
+    int32; an index names `block` keys. Mixed attention has those and mode [B] int32: 0 verifies, 1 drafts. workspace is
+    uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
     """
 
     q: torch.Tensor
@@ -42,6 +43,7 @@ class AttentionCall:
     counts: torch.Tensor | None = None
     tail_start: torch.Tensor | None = None
     block: int = 1
+    mode: torch.Tensor | None = None
     lse_ref: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None

@@ -28,7 +28,8 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
-    """Inputs of verify_attention and sparse_attention; shapes as in kernel.AttentionCall."""
+    """Inputs of verify_attention, sparse_attention and mixed_attention, in which every other request drafts; shapes as
+    in kernel.AttentionCall."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -43,6 +44,7 @@ class AttentionProblem:
     counts: torch.Tensor | None
     tail_start: torch.Tensor
     block: int = 1
+    mode: torch.Tensor | None = None
     lse_ref: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
@@ -135,6 +137,7 @@ def attention_problem(
         counts=counts,
         tail_start=torch.tensor([max(0, tail) for tail in tails], dtype=torch.int32),
         block=block,
+        mode=torch.arange(len(q_lens), dtype=torch.int32) % 2 if spec.op == "mixed_attention" else None,
         lse_ref=_references(spec, q_lens, kv_lens, generator),
         k_scale=torch.rand(heads.num_kv_heads, generator=generator) + 0.5 if spec.is_float8 else None,
         v_scale=torch.rand(1, generator=generator) + 0.5 if spec.is_float8 else None,

@@ -300,3 +300,35 @@ def sparse_attention(
             logits[:, max(0, position + 1) :] = -math.inf
             out[row], lse[row] = attend(logits, values, sinks, heads)
     return SparseOutput(out, lse)
+
+
+def mixed_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    selection: Selection,
+    tail_start: torch.Tensor,
+    mode: torch.Tensor,
+    *,
+    heads: HeadConfig,
+    score: ScoreSpec | None = None,
+    max_kv: int | None = None,
+    sinks: torch.Tensor | None = None,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> VerifyOutput:
+    """Each request by its mode: 0 as verify_attention, 1 as sparse_attention, which emits no scores."""
+    inputs = (q, k_cache, v_cache, page_table, kv_lens, cu_q)
+    common = {"heads": heads, "sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    verified = verify_attention(*inputs, score=score, max_kv=max_kv, lse_ref=lse_ref, **common)
+    drafted = sparse_attention(*inputs, selection, tail_start, **common)
+    drafts = mode != 0
+    rows = drafts.repeat_interleave(cu_q.diff())
+    out = torch.where(rows[:, None, None], drafted.out, verified.out)
+    lse = torch.where(rows[:, None], drafted.lse, verified.lse)
+    scores = verified.scores
+    return VerifyOutput(out, lse, None if scores is None else torch.where(drafts[:, None, None], math.nan, scores))

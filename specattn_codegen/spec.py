@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 
-Op = Literal["verify_attention", "select_kv", "sparse_attention"]
+Op = Literal["verify_attention", "select_kv", "sparse_attention", "mixed_attention"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 KvDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2"]
 ScoreRows = Literal["all", "ends", "last"]
@@ -96,8 +96,8 @@ class KernelSpec:
     dtype      of q and out (select_kv always reads float32 scores)
     kv_dtype   of the KV cache: dtype, which None stands for, or an 8-bit float with scales
     page_size  keys per page; 0 where the backend takes it as a run-time argument (the CPU)
-    score      verify_attention: the scores to emit, None for none
-    selection  select_kv and sparse_attention: one selection per KV head, or one for the whole layer
+    score      verify_attention and mixed_attention: the scores to emit, None for none
+    selection  select_kv, sparse_attention and mixed_attention: one selection per KV head, or one for the whole layer
     """
 
     op: Op
@@ -119,15 +119,20 @@ class KernelSpec:
         if self.op == "verify_attention" and self.selection is not None:
             raise SpecError("verify_attention reads every key and takes no selection; leave selection out")
         if self.op != "verify_attention":
-            if self.score is not None:
-                raise SpecError(f"{self.op} emits no scores; leave score out")
             require_choice("selection", self.selection, get_args(ScoreHeads))
+        if self.op in ("select_kv", "sparse_attention") and self.score is not None:
+            raise SpecError(f"{self.op} emits no scores; leave score out")
 
     @property
     def selection_heads(self) -> int:
-        """S: score or selection rows per request."""
-        kind = self.score.heads if self.score else self.selection
+        """S: selection rows per request, or score rows where the kernel takes no selection."""
+        kind = self.selection or (self.score.heads if self.score else None)
         return 1 if kind == "layer" else self.heads.num_kv_heads
+
+    @property
+    def score_rows(self) -> int:
+        """S of the scores: rows per request; 0 where the kernel emits none."""
+        return 0 if self.score is None else 1 if self.score.heads == "layer" else self.heads.num_kv_heads
 
     @property
     def cache_dtype(self) -> KvDtype:

@@ -70,10 +70,33 @@ def test_a_spec_carries_only_what_its_operation_uses() -> None:
         KernelSpec(op="verify_attention", heads=LLAMA, dtype="float64")  # pyright: ignore[reportArgumentType]
 
 
-def test_what_is_not_served_yet_is_refused_by_name() -> None:
-    for field, value in (("rows", "middle"), ("value", "logit"), ("normaliser", "reference"), ("granularity", "page")):
+def test_scores_that_mean_nothing_are_refused_by_name() -> None:
+    wrong = {"rows": "middle", "heads": "group", "value": "rank", "normaliser": "none", "granularity": "page"}
+    for field, value in wrong.items():
         with pytest.raises(SpecError, match=f"{field}='{value}'"):
             ScoreSpec(**{field: value})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match="logits are not normalised"):
+        ScoreSpec(value="logit", normaliser="reference")
+    with pytest.raises(SpecError, match="bins are of non-negative scores"):
+        ScoreSpec(value="logit", histogram=True)
+
+
+def test_a_score_is_named_by_what_it_changes() -> None:
+    assert ScoreSpec().name == "all-kv_head"
+    score = ScoreSpec(rows="ends", heads="layer", normaliser="reference", granularity="page_max", histogram=True)
+    assert score.name == "ends-layer-reference-page_max-histogram"
+    assert score.columns(100, 16) == 7
+    assert ScoreSpec().columns(100, 16) == 100
+
+
+def test_an_8_bit_cache_is_named_and_any_other_dtype_than_qs_is_refused() -> None:
+    spec = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", kv_dtype="float8_e4m3", page_size=16)
+    assert spec.name == "verify_attention-bfloat16-float8_e4m3-p16"
+    assert (spec.cache_dtype, spec.cache_bytes, spec.dtype_bytes) == ("float8_e4m3", 1, 2)
+    same = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", kv_dtype="bfloat16")
+    assert same == KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16")
+    with pytest.raises(SpecError, match="kv_dtype='float16'"):
+        KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", kv_dtype="float16")
 
 
 def test_workloads_have_possible_sizes() -> None:

@@ -207,6 +207,57 @@ class Kernels:
         kernel.launch(call, self._workspace(kernel, call, workspace))
         return SparseOutput(call.out, call.lse)
 
+    def mixed_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_lens: torch.Tensor,
+        cu_q: torch.Tensor,
+        selection: Selection,
+        tail_start: torch.Tensor,
+        mode: torch.Tensor,
+        *,
+        max_q: int,
+        max_kv: int | None = None,
+        score: ScoreSpec | None = None,
+        lse_ref: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        out: VerifyOutput | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> VerifyOutput:
+        """One launch for a batch in which some requests verify and others draft.
+
+        mode [B] int32: 0 for a request that verifies, as in verify_attention, with scores; 1 for one that drafts, as in
+        sparse_attention, whose score columns stay unwritten and whose histogram is 0. A verifying request's selection
+        and tail_start are not read. The other arguments are those of the two.
+        """
+        layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
+        spec = self._spec("mixed_attention", score, "layer" if layer else "kv_head")
+        inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
+        self._require_here(q, "q")
+        call = attention_call(
+            spec,
+            self.page_size,
+            inputs,
+            max_q=max_q,
+            max_kv=max_kv,
+            sinks=sinks,
+            lse_ref=lse_ref,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+            selection=selection,
+            tail_start=tail_start,
+            mode=mode,
+        )
+        kernel = self._kernel(spec, call.batch, max_q, call.max_kv, selection.indices.shape[2])
+        kernel.launch(call, self._workspace(kernel, call, workspace))
+        return VerifyOutput(call.out, call.lse, call.scores, call.histogram)
+
     def prepare(
         self, *scores: ScoreSpec, max_q: int = 8, max_kv: int = 32768, batch: int = 1, budget: int = 2048
     ) -> None:

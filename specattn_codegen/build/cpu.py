@@ -18,7 +18,7 @@ from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
-from specattn_codegen.policy import Policy, Threshold, TopP
+from specattn_codegen.policy import policy_numbers
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
@@ -103,7 +103,7 @@ class _AttentionArguments(ctypes.Structure):
 
     _POINTERS = (
         *("q", "k", "v", "out", "lse", "scores", "histogram", "sinks", "lse_ref", "k_scale", "v_scale"),
-        *("page_table", "kv_lens", "cu_q", "indices", "counts", "tail_start", "workspace"),
+        *("page_table", "kv_lens", "cu_q", "indices", "counts", "tail_start", "mode", "workspace"),
     )
     _STRIDES = (
         *("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row", "out_head"),
@@ -118,12 +118,6 @@ class _AttentionArguments(ctypes.Structure):
     )
 
 
-class _Strides(ctypes.Structure):
-    """Of the leading axes layer, request and row, in elements."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("layer", "request", "row"))
-
-
 class _SelectArguments(ctypes.Structure):
     """Mirrors `struct Arguments` of templates/cpu/select_kv.cpp.jinja, field for field."""
 
@@ -131,19 +125,18 @@ class _SelectArguments(ctypes.Structure):
         *("scores", "thresholds", "histogram", "prefix_lens", "page_table", "indices", "counts", "slots"),
         "workspace",
     )
-    _STRIDED = ("scores", "thresholds", "histogram", "indices", "counts", "slots")
-    _LARGE = (
-        *("table_request", "policy", "fixed_k", "ratio_ppm", "min_keys", "max_keys"),
-        *("sink", "recent", "block"),
+    _STRIDES = (
+        *("score_layer", "score_request", "score_row", "threshold_layer", "threshold_request", "threshold_row"),
+        "table_request",
     )
+    _KEYS = ("policy", "k", "ratio_ppm", "min_keys", "max_keys", "sink", "recent", "block")
     _SIZES = (
         *("layers", "batch", "rows", "columns", "width", "bisection_steps", "pages", "slots_per_page", "slot_bytes"),
         "threads",
     )
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((f"{name}_strides", _Strides) for name in _STRIDED),
-        *((name, ctypes.c_int64) for name in _LARGE),
+        *((name, ctypes.c_int64) for name in (*_STRIDES, *_KEYS)),
         *(("share", ctypes.c_double), ("threshold", ctypes.c_float)),
         *((name, ctypes.c_int32) for name in _SIZES),
     )
@@ -161,6 +154,7 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
         *(_address(t) for t in (call.q, call.k_cache, call.v_cache, call.out, call.lse, call.scores, call.histogram)),
         *(_address(t) for t in (call.sinks, call.lse_ref, call.k_scale, call.v_scale)),
         *(_address(t) for t in (call.page_table, call.kv_lens, call.cu_q, call.indices, call.counts, call.tail_start)),
+        _address(call.mode),
         None,
         *(q[0], q[1], *k[:3], *v[:3], out[0], out[1], call.page_table.stride(0), *scores, *index),
         *(0 if scale is None else scale.stride(0) for scale in (call.k_scale, call.v_scale)),
@@ -170,47 +164,25 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
     )
 
 
-NO_MAXIMUM = 2**62
-TOP_K, TOP_P, THRESHOLD = range(3)
-
-
-def _policy_arguments(policy: Policy) -> dict[str, int | float]:
-    if isinstance(policy, Threshold):
-        value = 0.0 if isinstance(policy.value, torch.Tensor) else policy.value
-        return {"policy": THRESHOLD, "max_keys": NO_MAXIMUM, "threshold": value}
-    bounds = {"min_keys": policy.min, "max_keys": NO_MAXIMUM if policy.max is None else policy.max}
-    if isinstance(policy, TopP):
-        return {"policy": TOP_P, "share": policy.p, "bisection_steps": policy.bisection_steps or 0, **bounds}
-    return {"policy": TOP_K, "fixed_k": policy.k or 0, "ratio_ppm": policy.ratio_ppm, **bounds}
-
-
 def _select_arguments(call: SelectCall) -> _SelectArguments:
-    layers, batch, rows, columns = call.shape
-    arguments = _SelectArguments(
-        **_policy_arguments(call.policy),
-        prefix_lens=_address(call.prefix_lens),
-        page_table=_address(call.page_table),
-        table_request=0 if call.page_table is None else call.page_table.stride(0),
-        pages=0 if call.page_table is None else call.page_table.shape[1],
-        slots_per_page=call.slots_per_page,
-        slot_bytes=0 if call.slots is None else call.slots.element_size(),
-        sink=call.sink,
-        recent=call.recent,
-        block=call.block,
-        layers=layers,
-        batch=batch,
-        rows=rows,
-        columns=columns,
-        width=call.indices.shape[-1],
-        threads=torch.get_num_threads(),
+    table = call.page_table
+    score_strides = (0,) * (4 - call.scores.dim()) + call.scores.stride()[:-1]
+    threshold_strides = (0, 0, 0)
+    if call.thresholds is not None:
+        threshold_strides = (0,) * (3 - call.thresholds.dim()) + call.thresholds.stride()
+    numbers = policy_numbers(call.policy)
+    return _SelectArguments(
+        *(_address(t) for t in (call.scores, call.thresholds, call.histogram, call.prefix_lens, table)),
+        *(_address(t) for t in (call.indices, call.counts, call.slots)),
+        None,
+        *(*score_strides, *threshold_strides, 0 if table is None else table.stride(0)),
+        *(numbers.policy, numbers.k, numbers.ratio_ppm, numbers.min_keys, numbers.max_keys),
+        *(call.sink, call.recent, call.block),
+        *(numbers.share, numbers.threshold),
+        *(*call.shape, call.indices.shape[-1], numbers.bisection_steps),
+        *(0 if table is None else table.shape[1], call.slots_per_page),
+        *(0 if call.slots is None else call.slots.element_size(), torch.get_num_threads()),
     )
-    for name in _SelectArguments._STRIDED:
-        tensor: torch.Tensor | None = getattr(call, name)
-        if tensor is not None:
-            leading = tensor.stride()[: call.counts.dim()]
-            setattr(arguments, name, tensor.data_ptr())
-            setattr(arguments, f"{name}_strides", _Strides(*(0,) * (3 - len(leading)), *leading))
-    return arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

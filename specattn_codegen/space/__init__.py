@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from specattn_codegen.arch import Arch
+from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.space import cpu, triton
 from specattn_codegen.space.axis import Axis
@@ -21,12 +22,22 @@ def backends_for(arch: Arch) -> tuple[Backend, ...]:
     return ("triton",) if arch.is_gpu else ("cpu",)
 
 
+def _require_served(spec: KernelSpec, backend: Backend) -> None:
+    if spec.op == "mixed_attention" and backend == "triton":
+        raise SpecError(
+            "mixed_attention: served on the CPU only so far; on a GPU launch verify_attention for the requests that "
+            "verify and sparse_attention for those that draft"
+        )
+
+
 def axes(spec: KernelSpec, backend: Backend) -> tuple[Axis, ...]:
+    _require_served(spec, backend)
     return _SPACES[backend].axes(spec)
 
 
 def default_plan(spec: KernelSpec, arch: Arch, backend: Backend) -> Plan:
     """A plan that is valid on every architecture the backend serves, chosen for safety before speed."""
+    _require_served(spec, backend)
     return _SPACES[backend].default_plan(spec, arch)
 
 

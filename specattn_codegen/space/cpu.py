@@ -20,7 +20,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("product", ("fma", "bf16", "amx") if _has_bfloat16_products(spec) else ("fma",)),
         Axis("key_tile", (16, 32, 64, 128)),
         Axis("split_keys", (256, 512, 1024, 2048, 4096)),
-        Axis("heads_per_task", ("one",) if spec.selection == "kv_head" else ("one", "all")),
+        Axis("heads_per_task", ("one",) if _has_a_selection_per_head(spec) else ("one", "all")),
         Axis("prefetch", ("none", "next_tile")),
     )
     if not keeps_weights(spec):
@@ -35,6 +35,11 @@ def keeps_weights(spec: KernelSpec) -> bool:
     return score is not None and score.value == "weight" and score.normaliser == "exact"
 
 
+def _has_a_selection_per_head(spec: KernelSpec) -> bool:
+    """Whether the heads of every request read keys of their own; in a mixed batch those of a verifying one do not."""
+    return spec.op == "sparse_attention" and spec.selection == "kv_head"
+
+
 def _has_bfloat16_products(spec: KernelSpec) -> bool:
     return spec.dtype == "bfloat16" and not spec.is_float8
 
@@ -45,7 +50,7 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     product, key_tile = "fma", 32
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
         product, key_tile = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16", 64
-    whole_layer = spec.selection != "kv_head" and arch.num_sms <= FEW_CORES
+    whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",
         product=product,

@@ -4,7 +4,7 @@
 //
 // A task is one KV head (or all of them) over SPLIT_KEYS keys. Splits have a fixed length, so a row's result does not
 // depend on the other requests of its batch nor on the number of threads.
-#include <math.h>
+    #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -114,7 +114,7 @@ struct Arguments {
     float *lse, *scores;
     int32_t* histogram;
     const float *sinks, *lse_ref, *k_scale, *v_scale;
-    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start, *mode;
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
@@ -141,6 +141,9 @@ static Request request_of(const Arguments& a, int index) {
     return r;
 }
 
+// KV heads that one task goes over: all of them, so that memory is read in order.
+static inline int heads_per_task(const Request&) { return HEADS_PER_TASK; }
+
 // Keys a request goes over: all that some row may see.
 static int keys_of(const Arguments& a, const Request& r, int request, int kv_head) {
     if (r.rows <= 0 || r.kv_len <= 0) return 0;
@@ -165,29 +168,40 @@ struct Tile {
 };
 
 struct Task {
-    int request, head_block, split, begin, end;  // begin and end count in the request's virtual keys
+    int request, first_head, unit, begin, end;  // begin and end count in the request's virtual keys
 };
 
-static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
-    const int head = task.head_block * HEADS_PER_TASK;
+static inline void set_key(
+    const Arguments& a, const Task& task, Tile& tile, int j, int position, int64_t page, int64_t slot
+) {
+    tile.position[j] = position;
+    tile.k[j] = a.k + task.first_head * a.k_head + page * a.k_page + slot * a.k_slot;
+    tile.v[j] = a.v + task.first_head * a.v_head + page * a.v_page + slot * a.v_slot;
+}
+
+static void locate_in_order(const Arguments& a, const Request& r, const Task& task, int begin, Tile& tile) {
     const int32_t* pages = a.page_table + task.request * a.table_row;
-    const Cached *k = a.k + head * a.k_head, *v = a.v + head * a.v_head;
-    (void)selected;
-    tile.count = smaller(KEY_TILE, task.end - begin);
     int page_index = (r.first_key + begin) / a.page_size, slot = (r.first_key + begin) % a.page_size;
     for (int j = 0; j < tile.count; j++) {
-        const int64_t page = pages[page_index];
-        tile.position[j] = r.first_key + begin + j;
-        tile.k[j] = k + page * a.k_page + slot * a.k_slot;
-        tile.v[j] = v + page * a.v_page + slot * a.v_slot;
+        set_key(a, task, tile, j, r.first_key + begin + j, pages[page_index], slot);
         if (++slot == a.page_size) slot = 0, page_index++;
+    }
+}
+
+static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
+    tile.count = smaller(KEY_TILE, task.end - begin);
+    (void)selected;
+    locate_in_order(a, r, task, begin, tile);
+    int newest = 0, oldest = INT32_MAX;
+    for (int j = 0; j < tile.count; j++) {
+        newest = larger(newest, tile.position[j]);
+        oldest = smaller(oldest, tile.position[j]);
     }
     for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
         tile.position[j] = INT32_MAX;
         tile.k[j] = tile.k[0];
         tile.v[j] = tile.v[0];
     }
-    const int newest = tile.position[KEY_TILE - 1], oldest = tile.position[0];
     tile.masked = tile.count < KEY_TILE || newest > r.first_position;
     (void)oldest;
 }
@@ -468,15 +482,14 @@ static inline int64_t padded(int64_t rows) { return divide_up(rows, ROW_PAD) * R
 // ---- workspace: everything a call writes besides its outputs, in one piece of caller's memory ----
 
 struct Workspace {
-    int32_t* split_offset;  // [batch * head blocks + 1] splits before each (request, head block)
-    float* partial_acc;     // [split, row, DV_PADDED] unnormalised outputs; a row is (head, query row, group member)
-    float* partial_max;     // [split, row] base-2 running maximum
-    float* partial_sum;     // [split, row]
+    int32_t* split_offset;  // [batch * NUM_KV_HEADS + 1] splits before each block: a request's task heads
+    int32_t* unit_offset;   // [batch * NUM_KV_HEADS + 1] units before each block: a unit is one head of one split
+    float* partial_acc;     // [unit, row, DV_PADDED] unnormalised outputs; a row is (query row, group member)
+    float* partial_max;     // [unit, row] base-2 running maximum
+    float* partial_sum;     // [unit, row]
     char* scratch;          // [thread, scratch_bytes]
     int64_t scratch_bytes, bytes;
 };
-
-constexpr int HEAD_BLOCKS = NUM_KV_HEADS / HEADS_PER_TASK;
 
 static Workspace plan_workspace(const Arguments& a) {
     Workspace w;
@@ -486,15 +499,17 @@ static Workspace plan_workspace(const Arguments& a) {
         at += (bytes + 63) / 64 * 64;
         return p;
     };
-    const int64_t rows = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int64_t blocks = (int64_t)a.batch * NUM_KV_HEADS;
     const int64_t longest = a.max_kv;
-    const int64_t splits = a.batch * HEAD_BLOCKS * divide_up(longest + KEY_TILE, SPLIT_KEYS);
-    w.split_offset = (int32_t*)take((a.batch * HEAD_BLOCKS + 1) * 4);
-    w.partial_max = (float*)take(splits * rows * 4);
-    w.partial_sum = (float*)take(splits * rows * 4);
-    w.partial_acc = (float*)take(splits * rows * DV_PADDED * 4);
+    const int64_t unit_rows = padded((int64_t)a.max_q * GROUP);
+    const int64_t rows = blocks * divide_up(longest + KEY_TILE, SPLIT_KEYS) * unit_rows;
+    w.split_offset = (int32_t*)take((blocks + 1) * 4);
+    w.unit_offset = (int32_t*)take((blocks + 1) * 4);
+    w.partial_max = (float*)take(rows * 4);
+    w.partial_sum = (float*)take(rows * 4);
+    w.partial_acc = (float*)take(rows * DV_PADDED * 4);
     Scratch unused;
-    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused) + rows * (int64_t)sizeof(float);
+    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused) + HEADS_PER_TASK * unit_rows * 4;
     w.scratch_bytes = divide_up(scratch, 4096) * 4096;
     w.scratch = take(w.scratch_bytes * a.threads);
     w.bytes = at;
@@ -568,21 +583,21 @@ static void count_scores(const Arguments& a, int request, int row) {
     for (int j = 0; j < columns; j++) counts[to_bits(scores[j]) >> 21 & (HISTOGRAM_BINS - 1)]++;
 }
 
-// ---- one task: every packed row of HEADS_PER_TASK KV heads over one split of the keys ----
+// ---- one task: every packed row of its KV heads over one split of the keys ----
 
 static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
     const Request r = request_of(a, task.request);
-    const int rows = r.rows * GROUP, first_head = task.head_block * HEADS_PER_TASK;
-    const int64_t head_rows = padded(rows), task_rows = HEADS_PER_TASK * head_rows;
+    const int rows = r.rows * GROUP, first_head = task.first_head, task_heads = heads_per_task(r);
+    const int64_t head_rows = padded(rows), task_rows = task_heads * head_rows;
     Scratch s;
     float* references = (float*)(memory + scratch_of(rows, memory, s));  // [HEADS_PER_TASK, head_rows]
-    for (int h = 0; h < HEADS_PER_TASK; h++) load_references(a, r, first_head + h, references + h * head_rows);
-    for (int h = 0; h < HEADS_PER_TASK; h++)
+    for (int h = 0; h < task_heads; h++) load_references(a, r, first_head + h, references + h * head_rows);
+    for (int h = 0; h < task_heads; h++)
         for (int row = 0; row < rows; row++) {
             const int query = r.first_row + row / GROUP, head = (first_head + h) * GROUP + row % GROUP;
             pack_row(a.q + query * a.q_row + head * a.q_head, (int)(h * head_rows) + row, s);
         }
-    const int64_t slot = task.split * HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
+    const int64_t slot = task.unit * padded((int64_t)a.max_q * GROUP);
     float *acc = w.partial_acc + slot * DV_PADDED, *row_max = w.partial_max + slot, *row_sum = w.partial_sum + slot;
     for (int64_t row = 0; row < task_rows; row++) row_max[row] = -INFINITY, row_sum[row] = 0.0f;
     memset(acc, 0, task_rows * DV_PADDED * sizeof(float));
@@ -596,7 +611,7 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
         if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
         else next.count = 0;
         const Tile& following = next.count ? next : tile;
-        for (int h = 0; h < HEADS_PER_TASK; h++) {
+        for (int h = 0; h < task_heads; h++) {
             Rows here, ahead;
             rows_of(a, tile, h, here);
             rows_of(a, following, h, ahead);
@@ -614,15 +629,17 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
 
 static void merge_row(const Arguments& a, const Workspace& w, int request, int row, int q_head) {
     const Request r = request_of(a, request);
-    const int kv_head = q_head / GROUP, block = request * HEAD_BLOCKS + kv_head / HEADS_PER_TASK;
-    const int64_t local = kv_head % HEADS_PER_TASK * padded(r.rows * GROUP) + row * GROUP + q_head % GROUP;
-    const int64_t stride = HEADS_PER_TASK * padded((int64_t)a.max_q * GROUP);
-    const int first = w.split_offset[block], last = w.split_offset[block + 1];
+    const int kv_head = q_head / GROUP, task_heads = heads_per_task(r);
+    const int block = request * NUM_KV_HEADS + kv_head / task_heads;
+    const int64_t unit_rows = padded((int64_t)a.max_q * GROUP), stride = task_heads * unit_rows;
+    const int64_t first = w.unit_offset[block] * unit_rows + kv_head % task_heads * padded(r.rows * GROUP)
+        + row * GROUP + q_head % GROUP;
+    const int splits = w.split_offset[block + 1] - w.split_offset[block];
     float best = -INFINITY, sum = 0.0f;
     bool seen = false;
-    for (int split = first; split < last; split++) {
-        best = fmaxf(best, w.partial_max[split * stride + local]);
-        seen |= w.partial_sum[split * stride + local] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
+    for (int split = 0; split < splits; split++) {
+        best = fmaxf(best, w.partial_max[first + split * stride]);
+        seen |= w.partial_sum[first + split * stride] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
     }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
@@ -630,10 +647,11 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
         sum = exp2f(sink - best);
     }
     float merged[DV_PADDED] = {};
-    for (int split = first; split < last && seen; split++) {
-        const float weight = exp2f(w.partial_max[split * stride + local] - best);
-        const float* acc = w.partial_acc + (split * stride + local) * DV_PADDED;
-        sum += weight * w.partial_sum[split * stride + local];
+    for (int split = 0; split < splits && seen; split++) {
+        const int64_t at = first + split * stride;
+        const float weight = exp2f(w.partial_max[at] - best);
+        const float* acc = w.partial_acc + at * DV_PADDED;
+        sum += weight * w.partial_sum[at];
         for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
     }
     Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
@@ -661,14 +679,18 @@ extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*
 extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Workspace w = plan_workspace(a);
-    const int blocks = a.batch * HEAD_BLOCKS;
+    const int blocks = a.batch * NUM_KV_HEADS;
     int64_t keys_in_all = 0;
-    w.split_offset[0] = 0;
+    w.split_offset[0] = w.unit_offset[0] = 0;
     for (int block = 0; block < blocks; block++) {
-        const int request = block / HEAD_BLOCKS;
-        const int keys = keys_of(a, request_of(a, request), request, block % HEAD_BLOCKS * HEADS_PER_TASK);
-        w.split_offset[block + 1] = w.split_offset[block] + (int)divide_up(keys, SPLIT_KEYS);
-        keys_in_all += (int64_t)keys * HEADS_PER_TASK;
+        const int request = block / NUM_KV_HEADS, index = block % NUM_KV_HEADS;
+        const Request r = request_of(a, request);
+        const int task_heads = heads_per_task(r), first_head = index * task_heads;
+        const int keys = first_head < NUM_KV_HEADS ? keys_of(a, r, request, first_head) : 0;
+        const int splits = (int)divide_up(keys, SPLIT_KEYS);
+        w.split_offset[block + 1] = w.split_offset[block] + splits;
+        w.unit_offset[block + 1] = w.unit_offset[block] + splits * task_heads;
+        keys_in_all += (int64_t)keys * task_heads;
     }
     const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
 
@@ -679,10 +701,12 @@ extern "C" int run(const Arguments* arguments) {
         for (int split = 0; split < splits; split++) {
             int block = 0;
             while (w.split_offset[block + 1] <= split) block++;
-            Task task = {block / HEAD_BLOCKS, block % HEAD_BLOCKS, split, 0, 0};
-            const int keys = keys_of(a, request_of(a, task.request), task.request, task.head_block * HEADS_PER_TASK);
-            task.begin = (split - w.split_offset[block]) * SPLIT_KEYS;
-            task.end = smaller(keys, task.begin + SPLIT_KEYS);
+            const int request = block / NUM_KV_HEADS, index = split - w.split_offset[block];
+            const Request r = request_of(a, request);
+            const int task_heads = heads_per_task(r), first_head = block % NUM_KV_HEADS * task_heads;
+            const int begin = index * SPLIT_KEYS, keys = keys_of(a, r, request, first_head);
+            const int unit = w.unit_offset[block] + index * task_heads;
+            const Task task = {request, first_head, unit, begin, smaller(keys, begin + SPLIT_KEYS)};
             attend_split(a, w, task, scratch);
         }
 #pragma omp for schedule(static)
