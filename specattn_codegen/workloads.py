@@ -15,6 +15,8 @@ BUDGET = TopK(ratio=0.07)
 GPU_SIZES = tuple((batch, kv_len) for batch in (1, 16) for kv_len in (4096, 32768, 131072))
 CPU_SIZES = ((1, 4096), (1, 16384))
 
+TUNED_OPS: tuple[Op, ...] = ("verify_attention", "select_kv", "sparse_attention")  # mixed_attention takes their plans
+
 PILLAR_SCORES = ScoreSpec(rows="all", heads="kv_head")  # arXiv 2512.01278
 VEGAS_SCORES = ScoreSpec(rows="ends", heads="layer")  # arXiv 2602.07223
 

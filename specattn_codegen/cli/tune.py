@@ -20,10 +20,10 @@ from specattn_codegen.environment import device_name
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.plan import BACKENDS, Backend
-from specattn_codegen.spec import DTYPES, FLOAT8, OPS, Dtype, KvDtype, Op
+from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype, Op
 from specattn_codegen.tune import plan_tasks, tune
 from specattn_codegen.tune_session import Budget, Target, Task
-from specattn_codegen.workloads import default_workloads, model_specs
+from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
 
 DEFAULT_PAGE_SIZE = 16
 DEFAULT_TRIALS = {"modelled": 16, "measured": 12}
@@ -42,7 +42,7 @@ Examples:
 @click.option("--model", metavar="NAME|PATH", help="A registered model, a Hugging Face config.json, or its folder.")
 @click.option("--heads", metavar="HQ,HKV,D", help="Query heads, KV heads and head dim instead of a model.")
 @click.option("--gpu", default="local", show_default=True, metavar="NAME|local|cpu", help="The processor to tune for.")
-@click.option("--op", "ops", multiple=True, type=click.Choice(OPS), help="Only this operation; may be repeated.")
+@click.option("--op", "ops", multiple=True, type=click.Choice(TUNED_OPS), help="Only this operation; may be repeated.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of q and the KV cache. [bfloat16; float32 on the CPU]")
 @click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales.")
 @click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page of the cache.")
@@ -85,7 +85,7 @@ def command(
     folder = require_writable(out or paths.user_packs_dir(), "--out")
     budget = find_budget(trials, timeout, seed, target)
     chosen: Dtype = dtype or ("bfloat16" if target.arch.is_gpu else "float32")
-    tune_all(kinds, target, chosen, kv_dtype, ops or OPS, budget, folder)
+    tune_all(kinds, target, chosen, kv_dtype, ops or TUNED_OPS, budget, folder)
 
 
 def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
