@@ -63,7 +63,7 @@ class InterpretJob:
     def run(self) -> Outcome:
         spec = interpreted_twin(self.spec)
         worst = 0.0
-        for proved, extent in self.proofs(spec):
+        for proved, extent in self.proofs(spec, self.plan):
             kernel = build.load(render_for(proved, self.plan, self.arch))
             try:
                 outcome = _proved(kernel, self.workload, spec.page_size, self.seed, "cpu", extent)
@@ -75,13 +75,16 @@ class InterpretJob:
         return Outcome(status=Status.OK, worst_error=worst)
 
     @staticmethod
-    def proofs(spec: KernelSpec) -> tuple[tuple[KernelSpec, Extent], ...]:
+    def proofs(spec: KernelSpec, plan: Plan) -> tuple[tuple[KernelSpec, Extent], ...]:
         """All heads on a small ragged batch; one KV head with several tiles of rows; and one tile of rows over several
-        splits, since a grid with many tiles fills the interpreter's few multiprocessors and splits no keys."""
+        splits, since a grid with many tiles fills the interpreter's few multiprocessors and splits no keys. A plan that
+        fixes the length of a split needs more keys than one."""
         if spec.op == "select_kv":
             return ((spec, INTERPRETED_SELECTION),)
         group = spec.heads.group
         one_head = dataclasses.replace(spec.heads, num_q_heads=group, num_kv_heads=1)
+        fixed = plan.integer("split_keys") if "split_keys" in plan.as_dict() else 0
+        several_splits = dataclasses.replace(SEVERAL_SPLITS, keys=SEVERAL_SPLITS.keys + fixed)
         one_tile = dataclasses.replace(one_head, num_q_heads=min(group, ONE_TILE_HEADS))
         return (
             (spec, ALL_HEADS),
@@ -89,7 +92,7 @@ class InterpretJob:
                 dataclasses.replace(spec, heads=one_head),
                 Extent(keys=0, ragged=70, rows=max(2, SEVERAL_ROW_TILES // group)),
             ),
-            (dataclasses.replace(spec, heads=one_tile), SEVERAL_SPLITS),
+            (dataclasses.replace(spec, heads=one_tile), several_splits),
         )
 
 

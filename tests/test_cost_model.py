@@ -17,15 +17,24 @@ from specattn_codegen.cost_model.grid import Grid, Iteration
 from specattn_codegen.cost_model.hardware import LAUNCH_US, rates
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.plan import Plan
+from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.render import render
-from specattn_codegen.spec import OPS, KernelSpec, Workload
+from specattn_codegen.spec import OPS, KernelSpec, ScoreSpec, Workload
 from specattn_codegen.workloads import default_workloads, model_specs
 
 H100 = gpus.find("h100")
 LLAMA = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)
 SPECS = model_specs(LLAMA, dtype="bfloat16", page_size=16, ops=OPS)
 VERIFY = SPECS[0]
+REFERENCE = dataclasses.replace(VERIFY, score=ScoreSpec(normaliser="reference"))
+FLOAT8 = dataclasses.replace(VERIFY, kv_dtype="float8_e4m3", page_size=64)
+NEW = [
+    REFERENCE,
+    FLOAT8,
+    dataclasses.replace(VERIFY, score=ScoreSpec(value="logit", heads="layer", granularity="page_max")),
+    dataclasses.replace(VERIFY, page_size=880, score=ScoreSpec(rows="last", granularity="page_mean", histogram=True)),
+]
+ROWS = Workload(batch=2, q_len=7, kv_len=4096)
 
 
 def predict(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch = H100) -> cost_model.Prediction:
@@ -43,6 +52,11 @@ def test_the_floor_of_llama_3_by_hand() -> None:
     cache = 4096 * 8 * (128 + 128) * 2
     rows = 7 * 32 * ((128 + 128) * 2 + 4)
     assert work.memory_bytes == 2 * (cache + rows)
+    assert floor.least_work(FLOAT8, ROWS).memory_bytes == 2 * (cache // 2 + rows)
+    references, scores = 7 * 32 * 4, 8 * (4096 - 7) * 4
+    assert floor.least_work(REFERENCE, ROWS).memory_bytes == 2 * (cache + rows + references + scores)
+    pages = dataclasses.replace(VERIFY, score=ScoreSpec(granularity="page_max", histogram=True))
+    assert floor.least_work(pages, ROWS).memory_bytes == 2 * (cache + rows + 8 * (256 + 1024) * 4)
     assert work.operations == 2 * 2 * 7 * 32 * 4096 * 256
     expected = work.memory_bytes / (H100.bandwidth_gbs * 1e3)
     assert cost_model.floor_us(VERIFY, Workload(batch=2, q_len=7, kv_len=4096), H100) == pytest.approx(expected)
@@ -85,7 +99,7 @@ def test_a_binary_that_takes_too_much_shared_memory_does_not_fit() -> None:
     assert "shared memory" in (occupancy.why_unfit((kernel,), H100) or "")
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*SPECS, *NEW], ids=lambda spec: spec.name)
 def test_no_prediction_beats_the_roofline_and_terms_add_up(spec: KernelSpec) -> None:
     for workload in default_workloads(spec, H100):
         least = cost_model.floor_us(spec, workload, H100)
@@ -94,6 +108,7 @@ def test_no_prediction_beats_the_roofline_and_terms_add_up(spec: KernelSpec) -> 
             assert prediction.latency_us >= least
             assert prediction.latency_us == pytest.approx(sum(term.microseconds for term in prediction.terms))
             assert prediction.share_of_ceiling == pytest.approx(least / prediction.latency_us)
+            assert prediction.bytes_moved >= prediction.bytes_least
             launches = len(prediction.terms) - 1
             assert prediction.terms[-1].microseconds == LAUNCH_US * launches
             longest = max(term.microseconds for term in prediction.terms)
@@ -102,7 +117,7 @@ def test_no_prediction_beats_the_roofline_and_terms_add_up(spec: KernelSpec) -> 
             )
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*SPECS, *NEW], ids=lambda spec: spec.name)
 def test_more_work_takes_longer_and_a_faster_memory_never_does(spec: KernelSpec) -> None:
     faster = dataclasses.replace(H100, bandwidth_gbs=2 * H100.bandwidth_gbs)
     small = Workload(batch=16, q_len=1, kv_len=32768, budget=2294)
@@ -134,6 +149,72 @@ def test_spills_and_low_occupancy_cost_time() -> None:
     assert latency(dataclasses.replace(starved, registers=255)) >= latency(starved)
 
 
+def test_what_scores_cost_by_hand() -> None:
+    """Of 2 requests of 4,089 prefix keys: each way moves its own bytes, and a reference in one tile of rows none."""
+    least = floor.least_work(REFERENCE, ROWS).memory_bytes
+
+    def excess(score: ScoreSpec, **changes: Setting) -> int:
+        spec = dataclasses.replace(VERIFY, score=score)
+        plan = space.default_plan(spec, H100, "triton").replace(**changes)
+        splits, _ = attention.used_splits(spec, plan, ROWS, H100)
+        partials = 2 * splits * (2 * 7 * 32) * (128 + 1) * 4
+        return predict(spec, ROWS, plan).bytes_moved - floor.least_work(spec, ROWS).memory_bytes - partials
+
+    keys = 2 * 4089
+    assert excess(ScoreSpec(), score_method="remat") == keys * 8 * 128 * 2
+    assert excess(ScoreSpec(), score_method="dump") == 2 * (keys * 7 * 32 * 2 + keys * 7 * 32 // 64 * 4)
+    assert excess(ScoreSpec(normaliser="reference"), block_m=32) == 0
+    assert excess(ScoreSpec(normaliser="reference"), block_m=16) == 2 * 2 * keys * 8 * 4
+    assert excess(ScoreSpec(normaliser="reference", heads="layer"), block_m=32) == 2 * keys * 8 * 4
+    prediction = predict(REFERENCE, ROWS, space.default_plan(REFERENCE, H100, "triton"))
+    assert prediction.bytes_least == least
+    assert prediction.excess_bytes == prediction.bytes_moved / least
+
+
+def test_a_reference_is_one_pass() -> None:
+    """No second pass, no weights kept: no third launch where one tile holds the rows, and less time than either."""
+    workload = Workload(batch=16, q_len=7, kv_len=32768)
+    exact = dataclasses.replace(VERIFY, score=ScoreSpec())
+    plan = space.default_plan(REFERENCE, H100, "triton")
+    one_pass = predict(REFERENCE, workload, plan)
+    assert [term.name for term in one_pass.terms] == ["attend_splits", "merge_splits", "launches"]
+    assert len(predict(REFERENCE, workload, plan.replace(block_m=16)).terms) == 4
+    for method in ("remat", "dump"):
+        two = predict(exact, workload, space.default_plan(exact, H100, "triton").replace(score_method=method))
+        assert two.latency_us > one_pass.latency_us
+
+
+def test_residency_by_hand() -> None:
+    """1,024 blocks of 4 warps, of which 65536 / (168 * 128) = 3 fit; each has one 64-key tile of bytes under way."""
+    kernel = Resources(
+        kernel="attend_splits", registers=168, spill_bytes=0, smem_bytes=45056, num_warps=4, binary_bytes=0
+    )
+    plan = space.default_plan(VERIFY, H100, "triton").replace(ctas_per_sm=8, num_stages=2)
+    merge = dataclasses.replace(kernel, kernel="merge_splits")
+    workload = Workload(batch=1, q_len=7, kv_len=131072)
+    found = cost_model.predict(VERIFY, workload, plan, H100, (kernel, merge)).residency
+    assert (found.blocks_per_sm, found.warps_per_sm) == (3, 12)
+    assert found.occupancy == 12 * 32 / 2048
+    tile = 64 * 256 * 2
+    assert found.bytes_in_flight == pytest.approx(3 * 132 * tile * (45056 - 8192) / tile)
+    assert found.bytes_to_saturate == pytest.approx(0.9 * H100.bandwidth_gbs * 800 / H100.clock_ghz)
+    few = cost_model.predict(VERIFY, Workload(batch=1, q_len=7, kv_len=64), plan, H100, (kernel, merge)).residency
+    assert few.blocks_per_sm == 1
+    assert few.bytes_in_flight < few.bytes_to_saturate
+
+
+def test_descriptors_need_no_addresses_and_bits_more_operations() -> None:
+    workload = Workload(batch=16, q_len=7, kv_len=32768)
+    slow_lanes = dataclasses.replace(H100, fp32_tflops=H100.fp32_tflops / 16)
+
+    def latency(**changes: Setting) -> float:
+        plan = space.default_plan(FLOAT8, H100, "triton").replace(**changes)
+        return predict(FLOAT8, workload, plan, slow_lanes).latency_us
+
+    assert latency(kv_load="descriptor") < latency()
+    assert latency(float8="bits") > latency()
+
+
 def test_a_block_that_waits_alone_moves_its_bytes_once_per_latency() -> None:
     """Little's law: one block, nothing in flight besides what it waits for."""
     speed = dataclasses.replace(rates(H100, "bfloat16", active_sms=1, warp_groups=True), iteration_us=0.0)
@@ -158,7 +239,7 @@ def test_a_last_wave_of_one_block_waits_as_long_as_a_full_one() -> None:
     assert times[1] == pytest.approx(2 * times[0], rel=0.05)
 
 
-@pytest.mark.parametrize("spec", [VERIFY, SPECS[1], SPECS[-1]], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [VERIFY, SPECS[1], SPECS[-1], REFERENCE], ids=lambda spec: spec.name)
 def test_splits_are_counted_as_the_rendered_kernel_counts_them(spec: KernelSpec) -> None:
     for plan in some_plans(spec)[:4]:
         module = triton_build.import_source(render(spec, plan, "triton"))

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import triton.runtime
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specattn_codegen import paths
 from specattn_codegen.build import triton as build_triton
 from specattn_codegen.errors import BuildError
 from specattn_codegen.kernel import SelectCall
-from specattn_codegen.plan import Plan
+from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.policy import TopK
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 from triton_cases import DEVICE, SMALL, attention_kernel, plan_for, run, sparse_spec, verify_spec
 
-POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
+}
 SELECT = KernelSpec(op="select_kv", heads=SMALL, selection="kv_head")
-SPECS = {
+REFERENCE = ScoreSpec(normaliser="reference")
+SPECS: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "plain": (verify_spec(SMALL), {}),
     "remat": (verify_spec(SMALL, ScoreSpec()), {"score_method": "remat"}),
     "dump": (verify_spec(SMALL, ScoreSpec(rows="ends")), {"score_method": "dump"}),
+    "logit": (verify_spec(SMALL, ScoreSpec(value="logit")), {"score_method": "remat"}),
+    "reference, one tile": (verify_spec(SMALL, REFERENCE), {"block_m": 64}),
+    "reference, several tiles": (verify_spec(SMALL, REFERENCE), {}),
+    "histogram": (verify_spec(SMALL, ScoreSpec(histogram=True, granularity="page_max")), {"score_method": "dump"}),
+    "fixed splits": (verify_spec(SMALL), {"split_keys": 512}),
+    "descriptors": (verify_spec(SMALL, REFERENCE), {"kv_load": "descriptor", "block_n": 16}),
+    "float8": (verify_spec(SMALL, ScoreSpec(), kv_dtype="float8_e4m3"), {"float8": "native"}),
+    "float8 bits": (verify_spec(SMALL, kv_dtype="float8_e5m2"), {"kv_load": "descriptor", "block_n": 16}),
     "sparse": (sparse_spec(SMALL), {}),
+    "sparse float8": (sparse_spec(SMALL, kv_dtype="float8_e5m2"), {"float8": "native", "split_keys": 512}),
 }
 
 
@@ -43,13 +61,21 @@ def _select_call() -> SelectCall:
     )
 
 
+class Launch(NamedTuple):
+    """What a launch was given, instead of its execution."""
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Every launch instead of its execution: the device function, its arguments and its options."""
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
-        launches.append((kernel, args, options))
+        launches.append(Launch(kernel, grid, args, options))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
     monkeypatch.setattr(triton.runtime.JITFunction, "run", record)
@@ -59,11 +85,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]
 def _types_agree(annotation: str, argument: object) -> bool:
     if isinstance(argument, torch.Tensor):
         return annotation == POINTERS[argument.dtype]
+    if isinstance(argument, TensorDescriptor):
+        return annotation == f"tensordesc<{POINTERS[argument.base.dtype][1:]}{argument.block_shape}>"
     return isinstance(argument, int) and annotation in ("i32", "i64")
 
 
 @pytest.mark.parametrize("name", [*SPECS, "select"])
-def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list[Any]) -> None:
+def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list[Launch]) -> None:
     if name == "select":
         plan = Plan.of("triton", block_n=1024, num_warps=4, radix_bits=8)
         kernel = build_triton.load(render(SELECT, plan, "triton"))
@@ -71,15 +99,56 @@ def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list
     else:
         spec, changes = SPECS[name]
         kernel = attention_kernel(spec, **changes)
-        problem = attention_problem(spec, q_lens=[2], kv_lens=[40], page_size=16, seed=0, budget=8)
+        problem = attention_problem(spec, q_lens=[9], kv_lens=[40], page_size=16, seed=0, budget=8)
         run(kernel, problem)
-    assert [function for function, _, _ in launched] == list(kernel.module.KERNELS)
-    for function, arguments, options in launched:
-        assert options == kernel.module.KERNELS[function]
-        annotations = function.fn.__annotations__
-        assert len(arguments) == len(annotations)
-        for parameter, argument in zip(annotations, arguments, strict=True):
-            assert _types_agree(annotations[parameter], argument), (function.__name__, parameter)
+    functions = [launch.function for launch in launched]
+    # One tile of rows writes its scores itself.
+    assert functions == list(kernel.module.KERNELS)[: 2 if name == "reference, one tile" else None]
+    for launch in launched:
+        assert launch.options == kernel.module.KERNELS[launch.function]
+        annotations = launch.function.fn.__annotations__
+        assert len(launch.arguments) == len(annotations)
+        for parameter, argument in zip(annotations, launch.arguments, strict=True):
+            assert _types_agree(annotations[parameter], argument), (launch.function.__name__, parameter)
+
+
+@pytest.mark.parametrize("name", ["remat", "histogram", "reference, several tiles", "fixed splits", "sparse"])
+def test_grids_hold_more_requests_than_one_of_their_axes(name: str, launched: list[Launch]) -> None:
+    """Only the first axis of a grid may pass 65,535: here 70,000 requests, without their memory."""
+    batch, max_kv = 70_000, 2**17
+    spec, changes = SPECS[name]
+    kernel = attention_kernel(spec, **changes)
+    sizes = {"batch": batch, "max_q": 9, "max_kv": max_kv, "num_sms": 132}
+    columns = spec.score.columns(max_kv, 16) if spec.score else 0
+    shapes = {
+        "q": ((9 * batch, 4, 32), torch.float16),
+        "k_cache": ((9, 16, 2, 32), torch.float16),
+        "v_cache": ((9, 16, 2, 32), torch.float16),
+        "page_table": ((batch, max_kv // 16), torch.int32),
+        "kv_lens": ((batch,), torch.int32),
+        "cu_q": ((batch + 1,), torch.int32),
+        "lse_ref": ((9 * batch, 4), torch.float32),
+        "out": ((9 * batch, 4, 32), torch.float16),
+        "lse": ((9 * batch, 4), torch.float32),
+        "scores": ((batch, 2, columns), torch.float32),
+        "histogram": ((batch, 2, 1024), torch.int32),
+        "indices": ((batch, 2, 100), torch.int32),
+        "counts": ((batch, 2), torch.int32),
+        "tail_start": ((batch,), torch.int32),
+        "workspace": ((kernel.module.workspace_bytes(total_q=9 * batch, **sizes),), torch.uint8),
+    }
+    wanted = {*kernel.arguments, "workspace"}
+    tensors = {
+        argument: torch.empty(shape, dtype=dtype, device="meta")
+        for argument, (shape, dtype) in shapes.items()
+        if argument in wanted
+    }
+    kernel.module.launch(**tensors, max_q=9, max_kv=max_kv, num_sms=132)
+    assert len(launched) == len(kernel.module.KERNELS)
+    for launch in launched:
+        first, *others = launch.grid
+        assert batch <= first < 2**31
+        assert all(extent <= 65_535 for extent in others)
 
 
 def test_a_source_is_imported_from_the_cache_once() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from specattn_codegen import gpus, space
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.plan import Setting
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
@@ -19,10 +21,18 @@ def _verify(score: ScoreSpec | None) -> KernelSpec:
     return KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16, score=score)
 
 
-CASES: dict[str, tuple[KernelSpec, dict[str, str]]] = {
+CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "verify_attention": (_verify(None), {}),
     "verify_attention_pillar": (_verify(ScoreSpec(rows="all", heads="kv_head")), {"score_method": "remat"}),
     "verify_attention_vegas": (_verify(ScoreSpec(rows="ends", heads="layer")), {"score_method": "dump"}),
+    "verify_attention_reference": (
+        dataclasses.replace(_verify(ScoreSpec(normaliser="reference")), page_size=64),
+        {"kv_load": "descriptor"},
+    ),
+    "verify_attention_float8": (
+        dataclasses.replace(_verify(ScoreSpec(granularity="page_mean", histogram=True)), kv_dtype="float8_e4m3"),
+        {"float8": "bits", "split_keys": 2048, "ctas_per_sm": 1},
+    ),
     "select_kv": (KernelSpec(op="select_kv", heads=HEADS, selection="kv_head"), {}),
     "sparse_attention": (
         KernelSpec(op="sparse_attention", heads=HEADS, dtype="bfloat16", page_size=16, selection="kv_head"),

@@ -14,29 +14,53 @@ from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.render import render
-from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreSpec
+from specattn_codegen.space.triton import score_methods
+from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
 
 
 def verify_spec(
-    heads: HeadConfig, score: ScoreSpec | None = None, dtype: Dtype = "float16", page_size: int = 16
+    heads: HeadConfig,
+    score: ScoreSpec | None = None,
+    dtype: Dtype = "float16",
+    page_size: int = 16,
+    kv_dtype: KvDtype | None = None,
 ) -> KernelSpec:
-    return KernelSpec(op="verify_attention", heads=heads, dtype=dtype, page_size=page_size, score=score)
+    return KernelSpec(
+        op="verify_attention", heads=heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, score=score
+    )
 
 
 def sparse_spec(
-    heads: HeadConfig, selection: ScoreHeads = "kv_head", dtype: Dtype = "float16", page_size: int = 16
+    heads: HeadConfig,
+    selection: ScoreHeads = "kv_head",
+    dtype: Dtype = "float16",
+    page_size: int = 16,
+    kv_dtype: KvDtype | None = None,
 ) -> KernelSpec:
-    return KernelSpec(op="sparse_attention", heads=heads, dtype=dtype, page_size=page_size, selection=selection)
+    return KernelSpec(
+        op="sparse_attention", heads=heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, selection=selection
+    )
 
 
 def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
     """Small tiles, so that small problems have several."""
-    settings: dict[str, Setting] = {"block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 2, "ctas_per_sm": 8}
+    settings: dict[str, Setting] = {
+        "block_m": 16,
+        "block_n": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+        "ctas_per_sm": 8,
+        "split_keys": 0,
+    }
+    if spec.op == "verify_attention":
+        settings |= {"kv_load": "pointer"}
+    if spec.is_float8:
+        settings |= {"float8": "bits"}
     if spec.score is not None:
-        settings |= {"score_method": "remat", "score_block_n": 32}
+        settings |= {"score_method": score_methods(spec.score)[0], "score_block_n": 32}
     return Plan.of("triton", **{**settings, **changes})
 
 

@@ -64,9 +64,12 @@ def target_of(arch: Arch) -> GPUTarget:
 
 def _compile(kernel: JITFunction, options: dict[str, int], arch: Arch) -> CompiledKernel:
     """The variant that launches take: annotated types, and 16-byte alignment wherever Triton would look for it."""
-    signature = {parameter.name: parameter.annotation_type for parameter in kernel.params}
+    # Triton calls no type of its own what an annotation says of a tensor descriptor, and takes it nevertheless.
+    signature = {parameter.name: parameter.annotation_type or parameter.annotation for parameter in kernel.params}
     aligned = {
-        (parameter.num,): [["tt.divisibility", 16]] for parameter in kernel.params if not parameter.do_not_specialize
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in kernel.params
+        if parameter.annotation_type and not parameter.do_not_specialize
     }
     try:
         return triton.compile(ASTSource(kernel, signature, {}, aligned), target=target_of(arch), options=dict(options))

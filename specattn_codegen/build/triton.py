@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -20,8 +21,9 @@ from specattn_codegen.build.store import publish
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
-from specattn_codegen.policy import TopK
+from specattn_codegen.policy import policy_numbers
 from specattn_codegen.render import Source
+from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT
 from specattn_codegen.spec import KernelSpec
 
 INTERPRETER_SMS = 4  # what the interpreter stands for: enough that small problems are split
@@ -63,6 +65,16 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _require_aligned(cache: torch.Tensor, name: str) -> None:
+    """Tensor descriptors take no other address or stride. Raises SpecError."""
+    strides = [stride * cache.element_size() for stride in cache.stride()[:-1]]
+    if cache.data_ptr() % DESCRIPTOR_ALIGNMENT or any(stride % DESCRIPTOR_ALIGNMENT for stride in strides):
+        raise SpecError(
+            f"{name} starts at {cache.data_ptr():#x} with strides of {strides} bytes: kv_load=descriptor needs "
+            f"multiples of {DESCRIPTOR_ALIGNMENT} bytes; align the cache, or use a plan with kv_load=pointer"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernel:
     """verify_attention or sparse_attention; `arguments` are the fields of a call that its launch takes."""
@@ -86,39 +98,55 @@ class AttentionKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         if not isinstance(call, AttentionCall):
             raise TypeError(f"{self.spec.op} takes an AttentionCall")
+        if call.block != 1:
+            raise SpecError(f"selection.block={call.block}: this kernel takes single keys; select with block=1")
+        if self.plan.as_dict().get("kv_load") == "descriptor":
+            _require_aligned(call.k_cache, "k_cache")
+            _require_aligned(call.v_cache, "v_cache")
         arguments = {name: getattr(call, name) for name in self.arguments}
         self.module.launch(**arguments, workspace=workspace, num_sms=num_sms(call.q.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectKernel:
-    """select_kv; needs no workspace."""
+    """select_kv, for rows with or without a layer axis."""
 
     spec: KernelSpec
     plan: Plan
     module: ModuleType
 
-    def workspace_bytes(self, call: Call) -> int:  # noqa: ARG002 - part of the Kernel protocol
-        return 0
+    def workspace_bytes(self, call: Call) -> int:
+        layers, batch, score_rows, columns = _select_call(call).shape
+        sms = num_sms(_select_call(call).scores.device)
+        return self.module.workspace_bytes(rows=layers * batch * score_rows, columns=columns, num_sms=sms)
 
-    def launch(self, call: Call, workspace: torch.Tensor) -> None:  # noqa: ARG002 - part of the Kernel protocol
-        if not isinstance(call, SelectCall):
-            raise TypeError("select_kv takes a SelectCall")
-        policy = call.policy
-        if not isinstance(policy, TopK) or call.scores.dim() > 3 or call.block > 1 or call.slots is not None:
-            raise SpecError(f"{policy}: this kernel serves TopK of single keys and one layer")
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:
+        call = _select_call(call)
+        layered = call.scores.dim() == 4
+        scores, thresholds = call.scores, call.thresholds
         self.module.launch(
-            scores=call.scores,
+            scores=scores if layered else scores[None],
             prefix_lens=call.prefix_lens,
+            thresholds=thresholds if layered or thresholds is None else thresholds[None],
+            histogram=call.histogram,
+            page_table=call.page_table,
             indices=call.indices,
             counts=call.counts,
-            k=policy.k or 0,
-            ratio_ppm=policy.ratio_ppm,
-            min_keys=policy.min,
-            max_keys=2**31 - 1 if policy.max is None else policy.max,
+            slots=call.slots,
+            workspace=workspace,
+            block=call.block,
             sink=call.sink,
             recent=call.recent,
+            slots_per_page=call.slots_per_page,
+            **dataclasses.asdict(policy_numbers(call.policy)),
+            num_sms=num_sms(scores.device),
         )
+
+
+def _select_call(call: Call) -> SelectCall:
+    if not isinstance(call, SelectCall):
+        raise TypeError("select_kv takes a SelectCall")
+    return call
 
 
 def load(source: Source) -> AttentionKernel | SelectKernel:

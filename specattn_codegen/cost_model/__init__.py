@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.cost_model.attention import attention_terms
-from specattn_codegen.cost_model.floor import floor_us
+from specattn_codegen.cost_model.attention import attention_launches
+from specattn_codegen.cost_model.floor import floor_us, least_work
+from specattn_codegen.cost_model.grid import residency
 from specattn_codegen.cost_model.hardware import LAUNCH_US
 from specattn_codegen.cost_model.occupancy import why_unfit
-from specattn_codegen.cost_model.prediction import Prediction, Term
-from specattn_codegen.cost_model.selection import selection_term
+from specattn_codegen.cost_model.prediction import Prediction, Residency, Term
+from specattn_codegen.cost_model.selection import selection_launch
+from specattn_codegen.cost_model.traffic import bytes_moved
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
 from specattn_codegen.space import triton
 from specattn_codegen.spec import KernelSpec, Workload
 
-__all__ = ["Prediction", "Term", "floor_us", "guess_resources", "predict", "why_unfit"]
+__all__ = ["Prediction", "Residency", "Term", "floor_us", "guess_resources", "predict", "why_unfit"]
 
 GUESSED_OVERHEAD = 48  # registers a thread for addresses and loop state
 
@@ -27,15 +29,19 @@ def predict(
     if plan.backend != "triton" or not arch.is_gpu:
         raise SpecError(f"the cost model knows Triton on GPUs, not {plan.backend} on {arch.name}; measure it instead")
     if spec.op == "select_kv":
-        kernels = (selection_term(spec, workload, plan, arch, resources[0]),)
+        launches = (selection_launch(spec, workload, plan, arch, resources[0]),)
     else:
-        kernels = attention_terms(spec, workload, plan, arch, resources)
-    launches = Term(name="launches", microseconds=LAUNCH_US * len(kernels), limit="launch")
-    latency = sum(term.microseconds for term in (*kernels, launches))
+        launches = attention_launches(spec, workload, plan, arch, resources)
+    overhead = Term(name="launches", microseconds=LAUNCH_US * len(launches), limit="launch")
+    terms = (*(launch.term(arch.num_sms) for launch in launches), overhead)
+    latency = sum(term.microseconds for term in terms)
     return Prediction(
         latency_us=latency,
-        terms=(*kernels, launches),
+        terms=terms,
         share_of_ceiling=min(1.0, floor_us(spec, workload, arch) / latency),
+        bytes_moved=bytes_moved(spec, workload, plan, arch),
+        bytes_least=least_work(spec, workload).memory_bytes,
+        residency=residency(launches[0], arch),
     )
 
 

@@ -7,7 +7,7 @@ import math
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.floor import keys_read
-from specattn_codegen.cost_model.grid import Grid, Iteration, grid_term
+from specattn_codegen.cost_model.grid import Grid, Iteration, Launch
 from specattn_codegen.cost_model.hardware import (
     EXP2_OPS,
     WARP_GROUP_ROWS,
@@ -16,21 +16,29 @@ from specattn_codegen.cost_model.hardware import (
     rates,
 )
 from specattn_codegen.cost_model.occupancy import blocks_per_sm
-from specattn_codegen.cost_model.prediction import Term
 from specattn_codegen.plan import Plan
-from specattn_codegen.space.triton import padded
-from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.space.triton import converted_bytes, padded
+from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 # Vector operations per logit besides the exponential: scale, mask, running maximum, difference, sum and conversion.
 LOGIT_OPS = 8.0
+# Per logit of a column sum: a multiplication and its share of the additions across rows.
+COLUMN_OPS = 3.0
 # Address arithmetic per 16 bytes gathered through a page table.
 ADDRESS_OPS = 6.0
+# Per 8-bit float that is converted, as counted in the loops of binaries for a100 and h100.
+FLOAT8_OPS = {("float8_e4m3", "native"): 4.0, ("float8_e5m2", "native"): 5.0}
+FLOAT8_OPS |= {("float8_e4m3", "bits"): 8.0, ("float8_e5m2", "bits"): 5.0}
 PARTIALS_MERGED_AT_ONCE = 16
 FLOAT_BYTES = 4
+SECTOR_BYTES = 32  # of the L2; what one atomic addition costs it
 
 
 def num_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> int:
     """Splits of every request's keys, by the rule of the templates' own num_splits."""
+    split_keys = plan.integer("split_keys")
+    if split_keys:
+        return max(1, math.ceil(workload.kv_len / split_keys))
     blocks = row_tiles(spec, plan, workload) * spec.heads.num_kv_heads * workload.batch
     wanted = plan.integer("ctas_per_sm") * arch.num_sms // max(1, blocks)
     return max(1, min(wanted, math.ceil(workload.kv_len / plan.integer("block_n"))))
@@ -40,25 +48,41 @@ def row_tiles(spec: KernelSpec, plan: Plan, workload: Workload) -> int:
     return math.ceil(workload.q_len * spec.heads.group / plan.integer("block_m"))
 
 
-def attention_terms(
+def used_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> tuple[int, int]:
+    """Splits that hold keys, and tiles of one: the keys are dealt in whole tiles."""
+    block_n, split_keys = plan.integer("block_n"), plan.integer("split_keys")
+    tiles = math.ceil(keys_read(spec, workload) / block_n)
+    per_split = split_keys // block_n or math.ceil(tiles / num_splits(spec, plan, workload, arch))
+    return math.ceil(tiles / per_split), min(tiles, per_split)
+
+
+def scored_rows(score: ScoreSpec, workload: Workload) -> int:
+    return {"all": workload.q_len, "ends": min(2, workload.q_len), "last": 1}[score.rows]
+
+
+def scores_directly(spec: KernelSpec, plan: Plan, workload: Workload) -> bool:
+    """Whether attend_splits writes the scores itself: one tile of rows sees all that a score is made of."""
+    score = spec.score
+    return (
+        score is not None
+        and plan["score_method"] == "fused"
+        and not (score.heads == "layer" or score.by_page or score.histogram or spec.heads.window is not None)
+        and row_tiles(spec, plan, workload) == 1
+    )
+
+
+def attention_launches(
     spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
-) -> tuple[Term, ...]:
-    """One term per launch, in order."""
+) -> tuple[Launch, ...]:
+    """The kernels of one call, in order."""
     by_name = {kernel.kernel: kernel for kernel in resources}
-    terms = [
+    launches = [
         _attend(spec, workload, plan, arch, by_name["attend_splits"]),
         _merge(spec, workload, plan, arch, by_name["merge_splits"]),
     ]
-    if spec.score is not None:
-        terms.append(_score(spec, workload, plan, arch, by_name["score_keys"]))
-    return tuple(terms)
-
-
-def _used_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> tuple[int, int]:
-    """Splits that hold keys, and tiles of one: the keys are dealt in whole tiles."""
-    tiles = math.ceil(keys_read(spec, workload) / plan.integer("block_n"))
-    per_split = math.ceil(tiles / num_splits(spec, plan, workload, arch))
-    return math.ceil(tiles / per_split), per_split
+    if spec.score is not None and not scores_directly(spec, plan, workload):
+        launches.append(_score(spec, spec.score, workload, plan, arch, by_name["score_keys"]))
+    return tuple(launches)
 
 
 def _shared_rates(spec: KernelSpec, plan: Plan, arch: Arch, blocks: int) -> MultiprocessorRates:
@@ -66,27 +90,39 @@ def _shared_rates(spec: KernelSpec, plan: Plan, arch: Arch, blocks: int) -> Mult
     return rates(arch, spec.dtype, active_sms=min(blocks, arch.num_sms), warp_groups=warp_groups)
 
 
-def _attend(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Term:
+def _conversion_ops(spec: KernelSpec, plan: Plan) -> float:
+    """Vector operations per element of the cache."""
+    return FLOAT8_OPS[spec.cache_dtype, str(plan["float8"])] if spec.is_float8 else 0.0
+
+
+def _address_ops(plan: Plan) -> float:
+    return 0.0 if plan.as_dict().get("kv_load") == "descriptor" else ADDRESS_OPS
+
+
+def _attend(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:
     heads, tiles_of_rows = spec.heads, row_tiles(spec, plan, workload)
     block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
     dims = padded(heads.head_dim) + padded(heads.v_head_dim)
-    splits, iterations = _used_splits(spec, plan, workload, arch)
+    splits, iterations = used_splits(spec, plan, workload, arch)
     blocks = tiles_of_rows * heads.num_kv_heads * workload.batch * splits
     speed = _shared_rates(spec, plan, arch, blocks)
 
-    tile_bytes = block_n * (heads.head_dim + heads.v_head_dim) * spec.dtype_bytes
+    tile_bytes = block_n * (heads.head_dim + heads.v_head_dim) * spec.cache_bytes
     logits = block_m * block_n
-    dumped = _dumped_bytes(spec, plan, workload) if spec.score else 0.0
+    fused = spec.score is not None and plan["score_method"] == "fused"
     spilled = 2.0 * resources.spill_bytes * resources.num_warps * arch.warp_size
     iteration = Iteration(
         # Tiles of rows over the same keys run side by side, so that all but one find them in the L2.
-        memory_bytes=tile_bytes / tiles_of_rows + dumped,
+        memory_bytes=tile_bytes / tiles_of_rows + _kept_bytes(spec, plan, workload),
         l2_bytes=tile_bytes * (1 - 1 / tiles_of_rows) + spilled,
         matrix_ops=2.0 * logits * dims,
-        vector_ops=logits * (LOGIT_OPS + EXP2_OPS) + block_m * padded(heads.v_head_dim) + ADDRESS_OPS * tile_bytes / 16,
+        vector_ops=logits * (LOGIT_OPS + EXP2_OPS + COLUMN_OPS * fused)
+        + block_m * padded(heads.v_head_dim)
+        + block_n * dims * _conversion_ops(spec, plan)
+        + _address_ops(plan) * tile_bytes / 16,
         chain=2.0,  # the page (or the selected key), then what lies there
         chain_latency_us=speed.memory_latency_us,
-        in_flight=_tiles_in_flight(resources, spec, plan),
+        in_flight=_tiles_in_flight(resources, spec, plan, arch),
     )
     grid = Grid(
         blocks=blocks,
@@ -95,29 +131,35 @@ def _attend(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resour
         iterations=iterations,
         setup_us=3 * speed.memory_latency_us,  # lengths, queries, and the partial result on its way out
     )
-    return grid_term("attend_splits", grid, iteration, arch.num_sms, speed)
+    return Launch(name="attend_splits", grid=grid, iteration=iteration, rates=speed)
 
 
-def _tiles_in_flight(resources: Resources, spec: KernelSpec, plan: Plan) -> float:
+def _tiles_in_flight(resources: Resources, spec: KernelSpec, plan: Plan, arch: Arch) -> float:
     """K and V tiles the binary keeps in shared memory besides the one in use; num_stages is only a wish."""
     dim, v_dim = padded(spec.heads.head_dim), padded(spec.heads.v_head_dim)
-    queries = plan.integer("block_m") * dim * spec.dtype_bytes
-    tile = plan.integer("block_n") * (dim + v_dim) * spec.dtype_bytes
-    return max(1.0, (resources.smem_bytes - queries) / tile)
+    others = plan.integer("block_m") * dim * spec.dtype_bytes + converted_bytes(plan, spec, arch)
+    tile = plan.integer("block_n") * (dim + v_dim) * spec.cache_bytes
+    return max(1.0, (resources.smem_bytes - others) / tile)
 
 
-def _dumped_bytes(spec: KernelSpec, plan: Plan, workload: Workload) -> float:
-    """Bytes of weights one block keeps per iteration."""
-    if plan["score_method"] != "dump" or spec.score is None:
+def _kept_bytes(spec: KernelSpec, plan: Plan, workload: Workload) -> float:
+    """Bytes one block keeps for score_keys per iteration: weights of the scored rows, or one sum of them per key."""
+    if spec.score is None or plan["score_method"] == "remat":
         return 0.0
-    rows = {"all": workload.q_len, "ends": min(2, workload.q_len), "last": 1}[spec.score.rows]
-    weight_bytes = FLOAT_BYTES if spec.dtype == "float32" else 2
-    return rows * spec.heads.group * plan.integer("block_n") * weight_bytes / row_tiles(spec, plan, workload)
+    if plan["score_method"] == "fused":
+        return plan.integer("block_n") * FLOAT_BYTES
+    rows = scored_rows(spec.score, workload) * spec.heads.group / row_tiles(spec, plan, workload)
+    return rows * plan.integer("block_n") * weight_bytes(spec)
 
 
-def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Term:
+def weight_bytes(spec: KernelSpec) -> int:
+    """Of a weight that is kept."""
+    return FLOAT_BYTES if spec.dtype == "float32" else 2
+
+
+def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:
     """A block per row and head walks its partial results, which attend_splits has just left in the L2."""
-    splits, _ = _used_splits(spec, plan, workload, arch)
+    splits, _ = used_splits(spec, plan, workload, arch)
     blocks = workload.q_len * spec.heads.num_q_heads * workload.batch
     speed = _shared_rates(spec, plan, arch, blocks)
     merged = min(splits, PARTIALS_MERGED_AT_ONCE)
@@ -137,46 +179,59 @@ def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resourc
         iterations=math.ceil(splits / PARTIALS_MERGED_AT_ONCE),
         setup_us=3 * speed.l2_latency_us,
     )
-    return grid_term("merge_splits", grid, iteration, arch.num_sms, speed)
+    return Launch(name="merge_splits", grid=grid, iteration=iteration, rates=speed)
 
 
-def _score(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Term:
-    """remat reads the keys and multiplies again; dump reads the kept weights. A block makes one tile of scores."""
-    if spec.score is None:
-        raise TypeError("a kernel without scores has no score_keys")
-    heads, layer = spec.heads, spec.score.heads == "layer"
+def _score(
+    spec: KernelSpec, score: ScoreSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources
+) -> Launch:
+    """A block makes one tile of scores, or one page that is larger than a tile."""
     keys = plan.integer("score_block_n")
-    blocks = math.ceil((workload.kv_len - workload.q_len) / keys) * spec.selection_heads * workload.batch
-    blocks = max(1, blocks)
+    in_parts = score.by_page and spec.page_size > keys
+    keys_of_block = math.ceil(spec.page_size / keys) * keys if in_parts else keys
+    prefix = workload.kv_len - workload.q_len
+    blocks = max(1, math.ceil(prefix / keys_of_block)) * spec.selection_heads * workload.batch
     speed = _shared_rates(spec, plan, arch, blocks)
-    rows = {"all": workload.q_len, "ends": min(2, workload.q_len), "last": 1}[spec.score.rows] * heads.group
-    kv_heads = heads.num_kv_heads if layer else 1
-    logits = padded(rows) * keys
-    if plan["score_method"] == "remat":
-        iteration = Iteration(
-            memory_bytes=keys * heads.head_dim * spec.dtype_bytes,
-            l2_bytes=rows * heads.head_dim * spec.dtype_bytes,
-            matrix_ops=2.0 * logits * padded(heads.head_dim),
-            vector_ops=logits * (LOGIT_OPS + EXP2_OPS),
-            chain=1.0,
-            chain_latency_us=speed.memory_latency_us,
-            in_flight=1.0,
-        )
-    else:
-        iteration = Iteration(
-            memory_bytes=rows * keys * (FLOAT_BYTES if spec.dtype == "float32" else 2),
-            l2_bytes=0.0,
-            matrix_ops=0.0,
-            vector_ops=logits * (LOGIT_OPS + EXP2_OPS),
-            chain=1.0,
-            chain_latency_us=speed.memory_latency_us,
-            in_flight=1.0,
-        )
+    iteration, iterations = _score_iteration(spec, score, workload, plan, speed)
     grid = Grid(
         blocks=blocks,
         num_warps=resources.num_warps,
         resident=max(1, blocks_per_sm(resources, arch)),
-        iterations=kv_heads,
+        iterations=iterations * keys_of_block // keys,
         setup_us=3 * speed.memory_latency_us,
     )
-    return grid_term("score_keys", grid, iteration, arch.num_sms, speed)
+    return Launch(name="score_keys", grid=grid, iteration=iteration, rates=speed)
+
+
+def _score_iteration(
+    spec: KernelSpec, score: ScoreSpec, workload: Workload, plan: Plan, speed: MultiprocessorRates
+) -> tuple[Iteration, int]:
+    """What is repeated and how often: a KV head of remat and dump, a tile of shares of fused."""
+    heads, keys = spec.heads, plan.integer("score_block_n")
+    kv_heads = heads.num_kv_heads if score.heads == "layer" else 1
+    rows = scored_rows(score, workload) * heads.group
+    logits = padded(rows) * keys
+    counted = keys * SECTOR_BYTES if score.histogram else 0
+    memory_bytes, l2_bytes, matrix_ops, vector_ops = 0.0, float(counted), 0.0, 0.0
+    if plan["score_method"] == "remat":
+        memory_bytes = keys * heads.head_dim * spec.cache_bytes
+        l2_bytes += rows * heads.head_dim * spec.dtype_bytes
+        matrix_ops = 2.0 * logits * padded(heads.head_dim)
+        vector_ops = logits * (LOGIT_OPS + EXP2_OPS) + keys * padded(heads.head_dim) * _conversion_ops(spec, plan)
+    elif plan["score_method"] == "dump":
+        memory_bytes = rows * keys * weight_bytes(spec)
+        vector_ops = logits * (LOGIT_OPS + EXP2_OPS)
+    else:
+        memory_bytes = keys * FLOAT_BYTES
+        vector_ops = float(keys)
+        kv_heads *= row_tiles(spec, plan, workload)
+    iteration = Iteration(
+        memory_bytes=memory_bytes,
+        l2_bytes=l2_bytes,
+        matrix_ops=matrix_ops,
+        vector_ops=vector_ops,
+        chain=1.0,
+        chain_latency_us=speed.memory_latency_us,
+        in_flight=1.0,
+    )
+    return iteration, kv_heads

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specattn_codegen.arch import Arch
-from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec, Workload
 
 SCORE_BYTES = 4
 INDEX_BYTES = 4
 LSE_BYTES = 4
+COUNT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,25 @@ def least_work(spec: KernelSpec, workload: Workload) -> Work:
         )
     keys = keys_read(spec, workload)
     total_q = batch * workload.q_len * heads.num_q_heads
-    moved = batch * keys * heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * spec.dtype_bytes
+    moved = batch * keys * heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * spec.cache_bytes
     moved += total_q * ((heads.head_dim + heads.v_head_dim) * spec.dtype_bytes + LSE_BYTES)
-    moved += rows * prefix * SCORE_BYTES if spec.score else 0
+    moved += rows * score_bytes(spec, prefix) + total_q * LSE_BYTES * _has_reference(spec)
     moved += rows * workload.budget * INDEX_BYTES if spec.selection else 0
     return Work(memory_bytes=moved, operations=2 * total_q * keys * (heads.head_dim + heads.v_head_dim))
+
+
+def score_bytes(spec: KernelSpec, prefix: int) -> int:
+    """Of one row of scores and its histogram. Where the page size is known only at run time its scores are left out."""
+    if spec.score is None:
+        return 0
+    counts = HISTOGRAM_BINS * COUNT_BYTES if spec.score.histogram else 0
+    if spec.score.by_page and not spec.page_size:
+        return counts
+    return spec.score.columns(prefix, spec.page_size) * SCORE_BYTES + counts
+
+
+def _has_reference(spec: KernelSpec) -> bool:
+    return spec.score is not None and spec.score.normaliser == "reference"
 
 
 def floor_us(spec: KernelSpec, workload: Workload, arch: Arch) -> float:

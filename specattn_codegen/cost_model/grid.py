@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from specattn_codegen.cost_model.hardware import SCHEDULERS_PER_SM, SHARPNESS, MultiprocessorRates
-from specattn_codegen.cost_model.prediction import Term
+from specattn_codegen.arch import Arch
+from specattn_codegen.cost_model.hardware import SCHEDULERS_PER_SM, SHARPNESS, STREAMING_SHARE, MultiprocessorRates
+from specattn_codegen.cost_model.prediction import Residency, Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,19 @@ class Grid:
     resident: int
     iterations: int
     setup_us: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One kernel of a call: its grid, what a block repeats, and what one multiprocessor does meanwhile."""
+
+    name: str
+    grid: Grid
+    iteration: Iteration
+    rates: MultiprocessorRates
+
+    def term(self, num_sms: int) -> Term:
+        return grid_term(self.name, self.grid, self.iteration, num_sms, self.rates)
 
 
 def wave_us(iteration: Iteration, resident: int, num_warps: int, rates: MultiprocessorRates) -> tuple[float, str]:
@@ -74,3 +88,18 @@ def grid_term(name: str, grid: Grid, iteration: Iteration, num_sms: int, rates: 
     if full:
         limit = wave_us(iteration, grid.resident, grid.num_warps, rates)[1]
     return Term(name=name, microseconds=total, limit=limit)
+
+
+def residency(launch: Launch, arch: Arch) -> Residency:
+    """Of a launch's first wave, where every block has all of its loads under way."""
+    grid, iteration = launch.grid, launch.iteration
+    blocks = min(grid.blocks, grid.resident * arch.num_sms)
+    blocks_per_sm = math.ceil(blocks / arch.num_sms)
+    warps = blocks_per_sm * grid.num_warps
+    return Residency(
+        blocks_per_sm=blocks_per_sm,
+        warps_per_sm=warps,
+        occupancy=warps * arch.warp_size / arch.max_threads_per_sm,
+        bytes_in_flight=blocks * iteration.memory_bytes * max(1.0, iteration.in_flight),
+        bytes_to_saturate=launch.rates.memory_latency_us * STREAMING_SHARE * arch.bandwidth_gbs * 1e3,
+    )

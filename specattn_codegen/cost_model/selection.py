@@ -6,10 +6,9 @@ import math
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.cost_model.grid import Grid, Iteration, grid_term
+from specattn_codegen.cost_model.grid import Grid, Iteration, Launch
 from specattn_codegen.cost_model.hardware import rates
 from specattn_codegen.cost_model.occupancy import blocks_per_sm
-from specattn_codegen.cost_model.prediction import Term
 from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -22,7 +21,7 @@ SCORE_OPS = 20.0
 BIN_OPS = 4.0
 
 
-def selection_term(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Term:
+def selection_launch(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:
     prefix = max(1, workload.kv_len - workload.q_len)
     block_n, radix_bits = plan.integer("block_n"), plan.integer("radix_bits")
     blocks = workload.batch * spec.selection_heads
@@ -46,4 +45,4 @@ def selection_term(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch,
         iterations=passes * math.ceil(prefix / block_n),
         setup_us=speed.memory_latency_us,
     )
-    return grid_term("select_rows", grid, iteration, arch.num_sms, speed)
+    return Launch(name="select_rows", grid=grid, iteration=iteration, rates=speed)

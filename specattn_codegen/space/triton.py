@@ -9,22 +9,34 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
 from specattn_codegen.space.axis import Axis
-from specattn_codegen.spec import KernelSpec
+from specattn_codegen.spec import KernelSpec, ScoreSpec
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_TILE_ELEMENTS = 2**20  # Triton refuses larger tensors
 USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
+SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
+DESCRIPTOR_ALIGNMENT = 16  # bytes; of a cache's address and strides, for its tensor memory accelerator
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
 
 
 def axes(spec: KernelSpec) -> tuple[Axis, ...]:
-    """Tiles, warps and stages; `ctas_per_sm` sets how many blocks the split-KV grid aims at."""
+    """Tiles, warps and stages, and where a request's keys are split.
+
+    ctas_per_sm   blocks per multiprocessor that the grid of splits aims at
+    split_keys    keys of a split, whatever else is in the batch; 0 where the grid decides
+    float8        how an 8-bit cache is converted: native, as Triton does; bits, by shifting the fields of its bytes
+    kv_load       how tiles of keys and values are read: through pointers; or with a tensor descriptor of the cache, by
+                  the processor's tensor memory accelerator
+    score_method  dump: attend_splits keeps its weights for score_keys; remat: score_keys reads the keys again;
+                  fused: attend_splits averages over its rows at once, which needs no log-sum-exp of its own rows
+    """
     if spec.op == "select_kv":
         return (
             Axis("block_n", (1024, 2048, 4096, 8192)),
             Axis("num_warps", (4, 8, 16, 32)),
             Axis("radix_bits", (4, 8)),
+            Axis("max_splits", (1, 8, 16, 32)),
         )
     attention = (
         Axis("block_m", (16, 32, 64)),
@@ -32,24 +44,37 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("num_warps", (2, 4, 8) if spec.op == "verify_attention" else (1, 2, 4, 8)),
         Axis("num_stages", (1, 2, 3, 4)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
+        Axis("split_keys", (0, *SPLIT_KEYS)),
     )
+    if spec.op == "verify_attention":
+        attention = (*attention, Axis("kv_load", ("pointer", "descriptor")))
+    if spec.is_float8:
+        attention = (*attention, Axis("float8", ("native", "bits")))
     if spec.score is None:
         return attention
-    return (*attention, Axis("score_method", ("dump", "remat")), Axis("score_block_n", (32, 64, 128, 256)))
+    return (*attention, Axis("score_method", score_methods(spec.score)), Axis("score_block_n", (32, 64, 128, 256)))
+
+
+def score_methods(score: ScoreSpec) -> tuple[str, ...]:
+    """How a score may be made, the default first. Weights normalised by their own rows' log-sum-exp are known only once
+    a row has seen every key; logits and weights with a given reference at once, so that nothing is worth keeping."""
+    if score.normaliser == "reference":
+        return ("fused",)
+    return ("fused", "remat") if score.value == "logit" else ("remat", "dump")
 
 
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     """Of a short list from fast to frugal, the first plan of which several blocks fit one SM, or else the last."""
     if spec.op == "select_kv":
-        return Plan.of("triton", block_n=4096, num_warps=8, radix_bits=8)
-    plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
+        return Plan.of("triton", block_n=2048, num_warps=8, radix_bits=8, max_splits=16)
+    plans = [plan for plan in _plans_by_preference(spec, arch) if why_invalid(plan, spec, arch) is None]
     if not plans:
         raise SpecError(f"head_dim={spec.heads.head_dim}: no Triton tile of it fits {arch.name}; use at most 256")
     resident = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm)
     return next(resident, plans[-1])
 
 
-def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
+def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
     for block_m, block_n, num_stages, num_warps in itertools.product(
         _block_m_choices(spec), (64, 32, 16), (3, 2, 1), (4, 8)
     ):
@@ -60,11 +85,20 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
             num_warps=num_warps,
             num_stages=num_stages,
             ctas_per_sm=BLOCKS_PER_SM,
+            split_keys=0,
         )
-        if spec.score is None:
-            yield plan
-        else:
-            yield plan.replace(score_method="remat", score_block_n=max(32, block_n))
+        if spec.op == "verify_attention":
+            plan = plan.replace(kv_load="pointer")
+        if spec.is_float8:
+            plan = plan.replace(float8="native" if _converts_float8(arch) else "bits")
+        if spec.score is not None:
+            plan = plan.replace(score_method=score_methods(spec.score)[0], score_block_n=max(32, block_n))
+        yield plan
+
+
+def _converts_float8(arch: Arch) -> bool:
+    """Whether the processor has instructions for the formats of caches. gfx942's own have another exponent bias."""
+    return arch.vendor == "nvidia" and arch.compute_capability >= 89
 
 
 def _block_m_choices(spec: KernelSpec) -> tuple[int, ...]:
@@ -83,14 +117,30 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
     """Shared memory of the main loop: the K and V tiles in flight, the queries, and the weights on their way to V."""
     dim, v_dim = padded(spec.heads.head_dim), padded(spec.heads.v_head_dim)
     block_m, block_n, num_stages = (plan.integer(name) for name in ("block_m", "block_n", "num_stages"))
-    weights = block_m * block_n
-    if arch.vendor == "amd":  # queries stay in registers; without stages K and V take turns
-        in_flight = block_n * (max(dim, v_dim) if num_stages == 1 else (num_stages - 1) * (dim + v_dim))
-        return spec.dtype_bytes * (in_flight + weights)
-    # The tile being used keeps its buffer only where tensor cores read shared memory (wgmma, tcgen05).
-    reads_shared = arch.compute_capability in (90, 100) and block_m >= 64
-    tiles = num_stages if reads_shared else max(1, num_stages - 1)
-    return spec.dtype_bytes * (tiles * block_n * (dim + v_dim) + block_m * dim + weights)
+    queries, weights = spec.dtype_bytes * block_m * dim, spec.dtype_bytes * block_m * block_n
+    tile = spec.cache_bytes * block_n * (dim + v_dim)
+    if arch.vendor == "amd":
+        if num_stages == 1:  # everything takes turns
+            return max(spec.cache_bytes * block_n * max(dim, v_dim), queries, weights)
+        return (num_stages - 1) * tile + weights  # queries stay in registers
+    converted = converted_bytes(plan, spec, arch)
+    if converted:
+        return (num_stages - 1) * tile + converted + queries
+    # The tile being used keeps its buffer only where tensor cores read shared memory.
+    tiles = num_stages if _reads_shared(plan, arch) else max(1, num_stages - 1)
+    return tiles * tile + queries + weights
+
+
+def converted_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
+    """Shared memory of the tile in use after its 8-bit floats are converted, where tensor cores read it there."""
+    if not (spec.is_float8 and _reads_shared(plan, arch)):
+        return 0
+    return spec.dtype_bytes * plan.integer("block_n") * (padded(spec.heads.head_dim) + padded(spec.heads.v_head_dim))
+
+
+def _reads_shared(plan: Plan, arch: Arch) -> bool:
+    """Whether the tensor cores take keys and values from shared memory (wgmma, tcgen05), not from registers."""
+    return arch.compute_capability in (90, 100) and plan.integer("block_m") >= 64
 
 
 def score_smem_bytes(plan: Plan, spec: KernelSpec) -> int:
@@ -124,6 +174,13 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
 
 def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     block_m, block_n, num_warps = (plan.integer(name) for name in ("block_m", "block_n", "num_warps"))
+    if plan.integer("split_keys") and plan.integer("ctas_per_sm") != 1:
+        return f"ctas_per_sm={plan['ctas_per_sm']} has no say where split_keys={plan['split_keys']} is fixed; use 1"
+    reason = _why_descriptors_invalid(plan, spec, arch)
+    if reason is not None:
+        return reason
+    if spec.kv_dtype == "float8_e4m3" and plan["float8"] == "native" and not _converts_float8(arch):
+        return f"float8=native: {arch.name} has no instruction for float8_e4m3; use float8=bits"
     if _has_scalar_products(spec, arch):
         per_thread = block_m * block_n / (num_warps * arch.warp_size)
         if per_thread > 2:
@@ -140,4 +197,23 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     registers = accumulator_registers(plan, spec, arch)
     if registers > USABLE_REGISTERS:
         return f"tiles need about {registers} registers a thread for accumulators alone; more warps or smaller tiles"
+    return None
+
+
+def _why_descriptors_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
+    if spec.op != "verify_attention" or plan["kv_load"] != "descriptor":
+        return None
+    if arch.vendor != "nvidia" or arch.compute_capability < 90:
+        return f"kv_load=descriptor: {arch.name} has no tensor memory accelerator; use kv_load=pointer"
+    if spec.page_size % plan.integer("block_n"):
+        return (
+            f"kv_load=descriptor reads a tile within one page: page_size={spec.page_size} is no multiple of "
+            f"block_n={plan['block_n']}; use a block_n that divides it, or kv_load=pointer"
+        )
+    for name, dim in (("head_dim", spec.heads.head_dim), ("v_head_dim", spec.heads.v_head_dim)):
+        if dim * spec.cache_bytes % DESCRIPTOR_ALIGNMENT:
+            return (
+                f"kv_load=descriptor: rows of {name}={dim} {spec.cache_dtype} values are no multiple of "
+                f"{DESCRIPTOR_ALIGNMENT} bytes; use kv_load=pointer"
+            )
     return None

@@ -89,6 +89,7 @@ def fold_tile(acc, row_max, row_sum, logits, v):
         "stride_counts",
         "width",
         "total_q",
+        "row_tiles",
         "num_splits",
     ]
 )
@@ -118,13 +119,14 @@ def attend_splits(
     stride_counts: "i64",
     width: "i32",
     total_q: "i64",
+    row_tiles: "i32",
     num_splits: "i32",
 ):
-    """One tile of packed rows over one split of the list; programs are (tile x KV head, split, request)."""
+    """One tile of packed rows over one split of the list; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    tile = tl.program_id(0) // NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
     split = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -171,12 +173,12 @@ def attend_splits(
 
     partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    row_out = acc / row_sum[:, None]
-    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
     tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
 
 
-@triton.jit(do_not_specialize=["stride_counts", "width", "total_q", "num_splits"])
+@triton.jit(do_not_specialize=["stride_counts", "width", "total_q", "max_q", "num_splits"])
 def merge_splits(
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -191,12 +193,13 @@ def merge_splits(
     stride_counts: "i64",
     width: "i32",
     total_q: "i64",
+    max_q: "i32",
     num_splits: "i32",
 ):
-    """One row of one head out of its partial results; programs are (row, head, request)."""
-    row = tl.program_id(0)
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
     head = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -241,9 +244,14 @@ KERNELS = {
 }
 
 
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
 def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
-    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
 
 
@@ -277,12 +285,11 @@ def launch(
     num_sms: int,
 ) -> None:
     """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
-    total_q, batch, width = q.shape[0], kv_lens.shape[0], indices.shape[2]
+    total_q, batch, width, row_tiles = q.shape[0], kv_lens.shape[0], indices.shape[2], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, splits)
     partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
-    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
-    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
         q,
         k_cache,
         v_cache,
@@ -304,10 +311,11 @@ def launch(
         counts.stride(0),
         width,
         total_q,
+        row_tiles,
         splits,
         **KERNELS[attend_splits],
     )
-    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
         kv_lens,
@@ -321,6 +329,7 @@ def launch(
         counts.stride(0),
         width,
         total_q,
+        max_q,
         splits,
         **KERNELS[merge_splits],
     )

@@ -6,7 +6,6 @@ cache  bfloat16, pages of 16 keys, any strides but a unit last one
 Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
 between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
 
-
 Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
 """
 
@@ -67,7 +66,7 @@ def fold_tile(acc, row_max, row_sum, logits, v):
 
 
 # Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
-@triton.jit(do_not_specialize=["stride_table", "total_q", "num_splits"])
+@triton.jit(do_not_specialize=["stride_table", "total_q", "row_tiles", "num_splits"])
 def attend_splits(
     q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
     k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
@@ -87,13 +86,14 @@ def attend_splits(
     stride_v_head: "i64",
     stride_table: "i64",
     total_q: "i64",
+    row_tiles: "i32",
     num_splits: "i32",
 ):
-    """One tile of packed rows over one split of the keys; programs are (tile x KV head, split, request)."""
+    """One tile of packed rows over one split of the keys; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    tile = tl.program_id(0) // NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
     split = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -140,12 +140,12 @@ def attend_splits(
 
     partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    row_out = acc / row_sum[:, None]
-    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
     tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
 
 
-@triton.jit(do_not_specialize=["total_q", "num_splits"])
+@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
 def merge_splits(
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -156,12 +156,13 @@ def merge_splits(
     stride_out_row: "i64",
     stride_out_head: "i64",
     total_q: "i64",
+    max_q: "i32",
     num_splits: "i32",
 ):
-    """One row of one head out of its partial results; programs are (row, head, request)."""
-    row = tl.program_id(0)
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
     head = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -206,9 +207,14 @@ KERNELS = {
 }
 
 
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
 def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
-    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
 
 
@@ -241,12 +247,11 @@ def launch(
     num_sms: int,
 ) -> None:
     """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
-    total_q, batch = q.shape[0], kv_lens.shape[0]
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, splits)
     partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
-    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
-    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
         q,
         k_cache,
         v_cache,
@@ -261,10 +266,11 @@ def launch(
         *v_cache.stride()[:3],
         page_table.stride(0),
         total_q,
+        row_tiles,
         splits,
         **KERNELS[attend_splits],
     )
-    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
         kv_lens,
@@ -274,6 +280,7 @@ def launch(
         out.stride(0),
         out.stride(1),
         total_q,
+        max_q,
         splits,
         **KERNELS[merge_splits],
     )

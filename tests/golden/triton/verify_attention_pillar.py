@@ -72,7 +72,7 @@ def fold_tile(acc, row_max, row_sum, logits, v):
 
 
 # Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
-@triton.jit(do_not_specialize=["stride_table", "total_q", "num_splits"])
+@triton.jit(do_not_specialize=["stride_table", "total_q", "row_tiles", "num_splits"])
 def attend_splits(
     q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
     k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
@@ -92,13 +92,14 @@ def attend_splits(
     stride_v_head: "i64",
     stride_table: "i64",
     total_q: "i64",
+    row_tiles: "i32",
     num_splits: "i32",
 ):
-    """One tile of packed rows over one split of the keys; programs are (tile x KV head, split, request)."""
+    """One tile of packed rows over one split of the keys; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    tile = tl.program_id(0) // NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
     split = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -145,12 +146,12 @@ def attend_splits(
 
     partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    row_out = acc / row_sum[:, None]
-    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
     tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
 
 
-@triton.jit(do_not_specialize=["total_q", "num_splits"])
+@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
 def merge_splits(
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -161,12 +162,13 @@ def merge_splits(
     stride_out_row: "i64",
     stride_out_head: "i64",
     total_q: "i64",
+    max_q: "i32",
     num_splits: "i32",
 ):
-    """One row of one head out of its partial results; programs are (row, head, request)."""
-    row = tl.program_id(0)
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
     head = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -203,7 +205,7 @@ def merge_splits(
     tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
 
 
-@triton.jit(do_not_specialize=["stride_table", "stride_scores_request", "stride_scores_row"])
+@triton.jit(do_not_specialize=["stride_table", "stride_scores_request", "stride_scores_row", "score_tiles"])
 def score_keys(
     q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
     k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
@@ -220,24 +222,25 @@ def score_keys(
     stride_table: "i64",
     stride_scores_request: "i64",
     stride_scores_row: "i64",
+    score_tiles: "i32",
 ):
-    """The scores of one tile of prefix keys, read once more; programs are (tile, score row, request)."""
-    start = tl.program_id(0) * SCORE_BLOCK_N
+    """Scores of a tile of prefix keys, from the keys read again; programs are (tile x request, score row)."""
+    tile = tl.program_id(0) % score_tiles
+    request = tl.program_id(0) // score_tiles
     score_row = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     prefix = tl.load(kv_lens + request) - q_len
-    if (q_len == 0) | (start >= prefix):
+    if (q_len == 0) | (tile * SCORE_BLOCK_N >= prefix):
         return
 
-    keys = start + tl.arange(0, SCORE_BLOCK_N)
-    inside = keys < prefix
     dims = tl.arange(0, BLOCK_DIM)
+    num_scored = q_len  # rows
+    keys = tile * SCORE_BLOCK_N + tl.arange(0, SCORE_BLOCK_N)
+    inside = keys < prefix
+    total = tl.zeros([SCORE_BLOCK_N], tl.float32)
     pages = tl.load(page_table + request * stride_table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
     k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
-    num_scored = q_len  # rows
-    total = tl.zeros([SCORE_BLOCK_N], tl.float32)
     kv_head = score_row
     k = tl.load(
         k_cache + kv_head * stride_k_head + k_offsets[None, :] + dims[:, None],
@@ -250,7 +253,11 @@ def score_keys(
         rows = packed // GROUP
         heads = kv_head * GROUP + packed % GROUP
         q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
-        q_tile = tl.load(q + q_offsets[:, None] + dims[None, :], mask=live[:, None], other=0.0)
+        q_tile = tl.load(
+            q + q_offsets[:, None] + dims[None, :],
+            mask=live[:, None],
+            other=0.0,
+        )
         # Rows past the last get an infinite log-sum-exp, hence weight 0.
         row_lse = tl.load(lse + (first_row + rows) * NUM_Q_HEADS + heads, mask=live, other=float("inf")) * LOG2E
         weights = tl.exp2(tile_logits(q_tile, k) - row_lse[:, None])
@@ -269,9 +276,14 @@ KERNELS = {
 }
 
 
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
 def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
-    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
 
 
@@ -305,12 +317,11 @@ def launch(
     num_sms: int,
 ) -> None:
     """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
-    total_q, batch = q.shape[0], kv_lens.shape[0]
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, splits)
     partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
-    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
-    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
         q,
         k_cache,
         v_cache,
@@ -325,10 +336,11 @@ def launch(
         *v_cache.stride()[:3],
         page_table.stride(0),
         total_q,
+        row_tiles,
         splits,
         **KERNELS[attend_splits],
     )
-    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
         kv_lens,
@@ -338,10 +350,12 @@ def launch(
         out.stride(0),
         out.stride(1),
         total_q,
+        max_q,
         splits,
         **KERNELS[merge_splits],
     )
-    score_keys[(triton.cdiv(max_kv, SCORE_BLOCK_N.value), scores.shape[1], batch)](
+    score_tiles = triton.cdiv(scores.shape[2], SCORE_BLOCK_N.value)
+    score_keys[(score_tiles * batch, scores.shape[1])](
         q,
         k_cache,
         page_table,
@@ -355,5 +369,6 @@ def launch(
         page_table.stride(0),
         scores.stride(0),
         scores.stride(1),
+        score_tiles,
         **KERNELS[score_keys],
     )

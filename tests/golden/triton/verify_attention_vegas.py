@@ -78,7 +78,7 @@ def scored_row(rank, q_len):
 
 
 # Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
-@triton.jit(do_not_specialize=["stride_table", "total_q", "num_splits", "dump_columns"])
+@triton.jit(do_not_specialize=["stride_table", "total_q", "row_tiles", "num_splits", "dump_columns"])
 def attend_splits(
     q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
     k_cache: "*bf16",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
@@ -100,14 +100,15 @@ def attend_splits(
     stride_v_head: "i64",
     stride_table: "i64",
     total_q: "i64",
+    row_tiles: "i32",
     num_splits: "i32",
     dump_columns: "i64",
 ):
-    """One tile of packed rows over one split of the keys; programs are (tile x KV head, split, request)."""
+    """One tile of packed rows over one split of the keys; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    tile = tl.program_id(0) // NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
     split = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -132,8 +133,8 @@ def attend_splits(
     table = page_table + request * stride_table
     k_head = k_cache + kv_head * stride_k_head
     v_head = v_cache + kv_head * stride_v_head
+    scored = live & ((rows == 0) | (rows == q_len - 1))
     dump_rows = (request * 2 + tl.where(rows > 0, 1, 0)) * NUM_Q_HEADS + heads
-    dumped = live & ((rows == 0) | (rows == q_len - 1))
     acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -153,19 +154,19 @@ def attend_splits(
         visible = keys[None, :] <= positions[:, None]
         logits = tl.where(visible, logits, NEG_INF)
         acc, row_max, row_sum, weights, shift = fold_tile(acc, row_max, row_sum, logits, v)
-        kept = dumped[:, None] & (keys < prefix)[None, :]
+        kept = scored[:, None] & (keys < prefix)[None, :]
         tl.store(dump + dump_rows[:, None] * dump_columns + keys[None, :], weights.to(dump.dtype.element_ty), mask=kept)
         dump_tiles = dump_rows * (dump_columns // BLOCK_N) + start // BLOCK_N
-        tl.store(dump_max + dump_tiles, shift, mask=dumped & (start < prefix))
+        tl.store(dump_max + dump_tiles, shift, mask=scored & (start < prefix))
 
     partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    row_out = acc / row_sum[:, None]
-    tl.store(partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :], row_out, mask=live[:, None])
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
     tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
 
 
-@triton.jit(do_not_specialize=["total_q", "num_splits"])
+@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
 def merge_splits(
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -176,12 +177,13 @@ def merge_splits(
     stride_out_row: "i64",
     stride_out_head: "i64",
     total_q: "i64",
+    max_q: "i32",
     num_splits: "i32",
 ):
-    """One row of one head out of its partial results; programs are (row, head, request)."""
-    row = tl.program_id(0)
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
     head = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
@@ -218,7 +220,7 @@ def merge_splits(
     tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
 
 
-@triton.jit(do_not_specialize=["stride_scores_request", "stride_scores_row", "dump_columns"])
+@triton.jit(do_not_specialize=["stride_scores_request", "stride_scores_row", "score_tiles", "dump_columns"])
 def score_keys(
     dump: "*fp16",  # [2 * batch, NUM_Q_HEADS, dump_columns] weights relative to their tile's maximum
     dump_max: "*fp32",  # [2 * batch, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
@@ -228,21 +230,22 @@ def score_keys(
     scores: "*fp32",  # [batch, 1, max_kv]
     stride_scores_request: "i64",
     stride_scores_row: "i64",
+    score_tiles: "i32",
     dump_columns: "i64",
 ):
-    """The scores of one tile of prefix keys out of the kept weights; programs are (tile, score row, request)."""
-    start = tl.program_id(0) * SCORE_BLOCK_N
+    """Scores of a tile of prefix keys, from the kept weights; programs are (tile x request, score row)."""
+    tile = tl.program_id(0) % score_tiles
+    request = tl.program_id(0) // score_tiles
     score_row = tl.program_id(1)
-    request = tl.program_id(2)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     prefix = tl.load(kv_lens + request) - q_len
-    if (q_len == 0) | (start >= prefix):
+    if (q_len == 0) | (tile * SCORE_BLOCK_N >= prefix):
         return
 
-    keys = start + tl.arange(0, SCORE_BLOCK_N)
-    kept = keys < prefix
     num_scored = tl.minimum(q_len, 2)  # rows
+    keys = tile * SCORE_BLOCK_N + tl.arange(0, SCORE_BLOCK_N)
+    inside = keys < prefix
     total = tl.zeros([SCORE_BLOCK_N], tl.float32)
     for first_packed in tl.range(0, num_scored * SCORE_HEADS, SCORE_BLOCK_M):
         packed = first_packed + tl.arange(0, SCORE_BLOCK_M)
@@ -252,15 +255,14 @@ def score_keys(
         rows = scored_row(ranks, q_len)
         row_lse = tl.load(lse + (first_row + rows) * NUM_Q_HEADS + heads, mask=live, other=0.0) * LOG2E
         dump_rows = (request * 2 + ranks) * NUM_Q_HEADS + heads
-        read = live[:, None] & kept[None, :]
+        read = live[:, None] & inside[None, :]
         weights = tl.load(dump + dump_rows[:, None] * dump_columns + keys[None, :], mask=read, other=0.0)
-        tile_max = tl.load(
-            dump_max + dump_rows[:, None] * (dump_columns // BLOCK_N) + (keys // BLOCK_N)[None, :], mask=read, other=0.0
-        )
+        dump_tiles = dump_rows[:, None] * (dump_columns // BLOCK_N) + (keys // BLOCK_N)[None, :]
+        tile_max = tl.load(dump_max + dump_tiles, mask=read, other=0.0)
         total += tl.sum(weights.to(tl.float32) * tl.exp2(tile_max - row_lse[:, None]), 0)
     # A fixed denominator: a key outside a row's window counts as weight 0.
     mean = total / (num_scored * SCORE_HEADS)
-    tl.store(scores + request * stride_scores_request + score_row * stride_scores_row + keys, mean, mask=keys < prefix)
+    tl.store(scores + request * stride_scores_request + score_row * stride_scores_row + keys, mean, mask=inside)
 
 
 # The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
@@ -272,9 +274,14 @@ KERNELS = {
 }
 
 
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
 def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
-    blocks = triton.cdiv(max_q * GROUP.value, BLOCK_M.value) * NUM_KV_HEADS.value * batch
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
 
 
@@ -310,13 +317,12 @@ def launch(
     num_sms: int,
 ) -> None:
     """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
-    total_q, batch = q.shape[0], kv_lens.shape[0]
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, batch, max_kv, splits)
     partial_out, partial_lse, dump, dump_max = workspace[: sum(sizes)].split(sizes)
     dump_columns = triton.cdiv(max_kv, BLOCK_N.value) * BLOCK_N.value
-    row_tiles = triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
-    attend_splits[(row_tiles * NUM_KV_HEADS.value, splits, batch)](
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
         q,
         k_cache,
         v_cache,
@@ -333,11 +339,12 @@ def launch(
         *v_cache.stride()[:3],
         page_table.stride(0),
         total_q,
+        row_tiles,
         splits,
         dump_columns,
         **KERNELS[attend_splits],
     )
-    merge_splits[(max_q, NUM_Q_HEADS.value, batch)](
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
         kv_lens,
@@ -347,10 +354,12 @@ def launch(
         out.stride(0),
         out.stride(1),
         total_q,
+        max_q,
         splits,
         **KERNELS[merge_splits],
     )
-    score_keys[(triton.cdiv(max_kv, SCORE_BLOCK_N.value), scores.shape[1], batch)](
+    score_tiles = triton.cdiv(scores.shape[2], SCORE_BLOCK_N.value)
+    score_keys[(score_tiles * batch, scores.shape[1])](
         dump.view(torch.float16),
         dump_max.view(torch.float32),
         kv_lens,
@@ -359,6 +368,7 @@ def launch(
         scores,
         scores.stride(0),
         scores.stride(1),
+        score_tiles,
         dump_columns,
         **KERNELS[score_keys],
     )

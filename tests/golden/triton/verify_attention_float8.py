@@ -1,0 +1,416 @@
+"""verify_attention: the rows of every request over its whole paged KV cache, with the scores of its prefix keys.
+
+heads  32 query heads on 8 KV heads (4 to a group), head_dim 128
+cache  float8_e4m3, pages of 16 keys, any strides but a unit last one; queries and outputs bfloat16
+scores mean over a page's keys of the mean attention weight over every row and the heads of a group
+       and a histogram of each row of scores
+
+Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
+between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
+
+score_keys then reads the keys once more, now that the rows' log-sum-exp is known, and averages their weights.
+
+Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NUM_Q_HEADS = tl.constexpr(32)
+NUM_KV_HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)  # query heads that share a KV head
+HEAD_DIM = tl.constexpr(128)
+BLOCK_DIM = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
+V_HEAD_DIM = tl.constexpr(128)
+BLOCK_V_DIM = tl.constexpr(128)
+PAGE_SIZE = tl.constexpr(16)  # keys
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept in base 2
+
+BLOCK_M = tl.constexpr(32)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
+BLOCK_N = tl.constexpr(64)  # keys of an iteration
+MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+SPLIT_KEYS = tl.constexpr(2048)  # keys of a split, whatever else is in the batch
+ALIGNMENT = 256  # bytes; of every scratch array
+SCORE_HEADS = tl.constexpr(4)  # query heads averaged into one score
+SCORE_BLOCK_M = tl.constexpr(32)  # packed rows of a score tile
+SCORE_BLOCK_N = tl.constexpr(64)  # keys of a score tile
+SCORE_PAGES = tl.constexpr(4)  # pages that a block scores
+HISTOGRAM_BINS = tl.constexpr(1024)  # of scores by their top 11 bits: sign, exponent and four bins an octave
+
+
+@triton.jit
+def read_pages(table, start, end):
+    """Pages of the keys of one tile; entries past the end are not followed."""
+    keys = start + tl.arange(0, BLOCK_N)
+    return tl.load(table + keys // PAGE_SIZE, mask=keys < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def decode_float8(bits):
+    """float8_e4m3 as uint8 -> float32, exactly."""
+    # The sign at the top and the other fields where float32 has the end of its exponent: 2^120 times too small.
+    fields = (bits.to(tl.int8, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True) << 20) & 0x87F00000
+    value = fields.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(tl.abs(value) > 448.0, float("nan"), value)  # all ones would be 480 and stand for NaN
+
+
+@triton.jit
+def tile_logits(q, k, scale):
+    """Base-2 logits of a tile: q [M, D], k [D, N] -> [M, N] float32."""
+    return tl.dot(q, k) * scale
+
+
+@triton.jit
+def fold_tile(acc, row_max, row_sum, logits, v):
+    """One step of the online softmax: logits [M, N] and v [N, Dv] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    return acc, new_max, row_sum
+
+
+# Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
+@triton.jit(do_not_specialize=["stride_k_scale", "stride_table", "total_q", "row_tiles"])
+def attend_splits(
+    q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+    k_cache: "*u8",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+    v_cache: "*u8",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, V_HEAD_DIM]
+    k_scale: "*fp32",  # [NUM_KV_HEADS]
+    page_table: "*i32",  # [batch, max_pages]
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    stride_q_row: "i64",
+    stride_q_head: "i64",
+    stride_k_page: "i64",
+    stride_k_slot: "i64",
+    stride_k_head: "i64",
+    stride_v_page: "i64",
+    stride_v_slot: "i64",
+    stride_v_head: "i64",
+    stride_k_scale: "i64",
+    stride_table: "i64",
+    total_q: "i64",
+    row_tiles: "i32",
+):
+    """One tile of packed rows over one split of the keys; programs are (KV head x tile x request, split)."""
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
+    split = tl.program_id(1)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    prefix = kv_len - q_len  # position of the first row
+    if tile * BLOCK_M >= q_len * GROUP:
+        return
+    begin = split * SPLIT_KEYS
+    end = tl.minimum(begin + SPLIT_KEYS, kv_len)
+    if begin >= end:
+        return
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    live = rows < q_len
+    dims = tl.arange(0, BLOCK_DIM)
+    q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
+    q_tile = tl.load(q + q_offsets[:, None] + dims[None, :], mask=live[:, None], other=0.0)
+    logit_scale = LOGIT_SCALE * tl.load(k_scale + kv_head * stride_k_scale)
+    positions = prefix + rows
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    table = page_table + request * stride_table
+    k_head = k_cache + kv_head * stride_k_head
+    v_head = v_cache + kv_head * stride_v_head
+    acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    pages = read_pages(table, begin, end)
+    for start in tl.range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
+        v_offsets = pages * stride_v_page + (keys % PAGE_SIZE) * stride_v_slot
+        # Slots outside are read as zero: what lies there may be NaN, and 0 * NaN is NaN.
+        k = tl.load(k_head + k_offsets[None, :] + dims[:, None], mask=inside[None, :], other=0)
+        v = tl.load(v_head + v_offsets[:, None] + v_dims[None, :], mask=inside[:, None], other=0)
+        k = decode_float8(k).to(q.dtype.element_ty)
+        v = decode_float8(v).to(q.dtype.element_ty)
+        # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
+        # loads that are not get every stage of the pipeline.
+        pages = read_pages(table, start + BLOCK_N, end)
+        logits = tile_logits(q_tile, k, logit_scale)
+        visible = keys[None, :] <= positions[:, None]
+        logits = tl.where(visible, logits, NEG_INF)
+        acc, row_max, row_sum = fold_tile(acc, row_max, row_sum, logits, v)
+
+    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
+    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
+
+
+@triton.jit(do_not_specialize=["stride_v_scale", "total_q", "max_q"])
+def merge_splits(
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    v_scale: "*fp32",  # [NUM_KV_HEADS]
+    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    histogram: "*i32",  # [batch, NUM_KV_HEADS, HISTOGRAM_BINS]
+    stride_v_scale: "i64",
+    stride_out_row: "i64",
+    stride_out_head: "i64",
+    total_q: "i64",
+    max_q: "i32",
+):
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
+    head = tl.program_id(1)
+    if (row == 0) & (head % SCORE_HEADS == 0):  # one program of each row of scores clears its counts
+        counts = histogram + (request.to(tl.int64) * NUM_KV_HEADS + head // SCORE_HEADS) * HISTOGRAM_BINS
+        tl.store(counts + tl.arange(0, HISTOGRAM_BINS), tl.zeros([HISTOGRAM_BINS], tl.int32))
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    if row >= q_len:
+        return
+    used_splits = tl.cdiv(tl.maximum(kv_len, 0), SPLIT_KEYS)
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
+    total_max = tl.full([], NEG_INF, tl.float32)
+    total_sum = tl.full([], 0.0, tl.float32)
+    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
+        splits = first_split + tl.arange(0, MERGE_SPLITS)
+        used = splits < used_splits
+        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
+        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
+        split_out = tl.load(
+            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
+            mask=used[:, None],
+            other=0.0,
+        )
+        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
+        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weights = tl.exp2(split_lse - shift)
+        rescale = tl.exp2(total_max - shift)
+        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
+        total_sum = total_sum * rescale + tl.sum(weights, 0)
+        total_max = new_max
+    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    acc *= tl.load(v_scale + head // GROUP * stride_v_scale)
+    tl.store(
+        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
+        (acc / total_sum).to(out.dtype.element_ty),
+    )
+    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "stride_k_scale",
+        "stride_scores_request",
+        "stride_scores_row",
+        "score_tiles",
+    ]
+)
+def score_keys(
+    q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+    k_cache: "*u8",  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+    k_scale: "*fp32",  # [NUM_KV_HEADS]
+    page_table: "*i32",  # [batch, max_pages]
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    scores: "*fp32",  # [batch, NUM_KV_HEADS, pages of max_kv]
+    histogram: "*i32",  # [batch, NUM_KV_HEADS, HISTOGRAM_BINS]
+    stride_q_row: "i64",
+    stride_q_head: "i64",
+    stride_k_page: "i64",
+    stride_k_slot: "i64",
+    stride_k_head: "i64",
+    stride_k_scale: "i64",
+    stride_table: "i64",
+    stride_scores_request: "i64",
+    stride_scores_row: "i64",
+    score_tiles: "i32",
+):
+    """Scores of a tile of pages, from the keys read again; programs are (tile x request, score row)."""
+    tile = tl.program_id(0) % score_tiles
+    request = tl.program_id(0) // score_tiles
+    score_row = tl.program_id(1)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    prefix = tl.load(kv_lens + request) - q_len
+    if (q_len == 0) | (tile * SCORE_PAGES * PAGE_SIZE >= prefix):
+        return
+
+    dims = tl.arange(0, BLOCK_DIM)
+    num_scored = q_len  # rows
+    keys = tile * SCORE_BLOCK_N + tl.arange(0, SCORE_BLOCK_N)
+    inside = keys < prefix
+    total = tl.zeros([SCORE_BLOCK_N], tl.float32)
+    pages = tl.load(page_table + request * stride_table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
+    kv_head = score_row
+    k = tl.load(
+        k_cache + kv_head * stride_k_head + k_offsets[None, :] + dims[:, None],
+        mask=inside[None, :],
+        other=0,
+    )
+    k = decode_float8(k).to(q.dtype.element_ty)
+    logit_scale = LOGIT_SCALE * tl.load(k_scale + kv_head * stride_k_scale)
+    for first_packed in tl.range(0, num_scored * GROUP, SCORE_BLOCK_M):
+        packed = first_packed + tl.arange(0, SCORE_BLOCK_M)
+        live = packed < num_scored * GROUP
+        rows = packed // GROUP
+        heads = kv_head * GROUP + packed % GROUP
+        q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
+        q_tile = tl.load(
+            q + q_offsets[:, None] + dims[None, :],
+            mask=live[:, None],
+            other=0.0,
+        )
+        # Rows past the last get an infinite log-sum-exp, hence weight 0.
+        row_lse = tl.load(lse + (first_row + rows) * NUM_Q_HEADS + heads, mask=live, other=float("inf")) * LOG2E
+        weights = tl.exp2(tile_logits(q_tile, k, logit_scale) - row_lse[:, None])
+        total += tl.sum(weights, 0)
+    # A fixed denominator: a key outside a row's window counts as weight 0.
+    mean = total / (num_scored * SCORE_HEADS)
+    pages = tile * SCORE_PAGES + tl.arange(0, SCORE_PAGES)
+    written = pages * PAGE_SIZE < prefix
+    pooled = tl.sum(tl.reshape(tl.where(inside, mean, 0.0), [SCORE_PAGES, PAGE_SIZE]), 1)
+    pooled /= tl.minimum(tl.maximum(prefix - pages * PAGE_SIZE, 1), PAGE_SIZE)
+    tl.store(scores + request * stride_scores_request + score_row * stride_scores_row + pages, pooled, mask=written)
+    counts = histogram + (request.to(tl.int64) * NUM_KV_HEADS + score_row) * HISTOGRAM_BINS
+    bins = (pooled.to(tl.int32, bitcast=True) >> 21) & (HISTOGRAM_BINS - 1)
+    tl.atomic_add(counts + bins, 1, mask=written, sem="relaxed")
+
+
+# The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
+# Without fusing multiplications into additions, results do not change with what else a function computes.
+KERNELS = {
+    attend_splits: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    merge_splits: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+    score_keys: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+}
+
+
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
+def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Splits of the longest request: as many as it needs, so that no other request has a say in where it is split."""
+    return max(1, triton.cdiv(max_kv, SPLIT_KEYS.value))
+
+
+def scratch_bytes(total_q: int, splits: int) -> list[int]:
+    """Bytes of each scratch array, in the order in which they lie in the workspace."""
+    partials = splits * total_q * NUM_Q_HEADS.value
+    arrays = [partials * V_HEAD_DIM.value * 4, partials * 4]
+    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in arrays]
+
+
+def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Bytes of scratch that a launch of these sizes needs."""
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    return sum(scratch_bytes(total_q, splits))
+
+
+def launch(
+    *,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    histogram: torch.Tensor,
+    workspace: torch.Tensor,
+    max_q: int,
+    max_kv: int,
+    num_sms: int,
+) -> None:
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    sizes = scratch_bytes(total_q, splits)
+    partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
+        q,
+        k_cache.view(torch.uint8),
+        v_cache.view(torch.uint8),
+        k_scale,
+        page_table,
+        kv_lens,
+        cu_q,
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        k_scale.stride(0),
+        page_table.stride(0),
+        total_q,
+        row_tiles,
+        **KERNELS[attend_splits],
+    )
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        kv_lens,
+        cu_q,
+        v_scale,
+        out,
+        lse,
+        histogram,
+        v_scale.stride(0),
+        out.stride(0),
+        out.stride(1),
+        total_q,
+        max_q,
+        **KERNELS[merge_splits],
+    )
+    score_tiles = triton.cdiv(scores.shape[2], SCORE_PAGES.value)
+    score_keys[(score_tiles * batch, scores.shape[1])](
+        q,
+        k_cache.view(torch.uint8),
+        k_scale,
+        page_table,
+        kv_lens,
+        cu_q,
+        lse,
+        scores,
+        histogram,
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        k_scale.stride(0),
+        page_table.stride(0),
+        scores.stride(0),
+        scores.stride(1),
+        score_tiles,
+        **KERNELS[score_keys],
+    )

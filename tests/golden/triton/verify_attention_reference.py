@@ -1,0 +1,379 @@
+"""verify_attention: the rows of every request over its whole paged KV cache, with the scores of its prefix keys.
+
+heads  32 query heads on 8 KV heads (4 to a group), head_dim 128
+cache  bfloat16, pages of 64 keys, any strides but a unit last one
+scores mean attention weight over every row and the heads of a group
+       weights are relative to a log-sum-exp that the caller gives instead of the rows' own
+
+Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
+between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
+
+attend_splits also averages the weights of its rows. Where one tile holds all rows of a KV head these are the scores;
+score_keys adds up the shares of several tiles.
+
+Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+NUM_Q_HEADS = tl.constexpr(32)
+NUM_KV_HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)  # query heads that share a KV head
+HEAD_DIM = tl.constexpr(128)
+BLOCK_DIM = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
+V_HEAD_DIM = tl.constexpr(128)
+BLOCK_V_DIM = tl.constexpr(128)
+PAGE_SIZE = tl.constexpr(64)  # keys
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept in base 2
+
+BLOCK_M = tl.constexpr(32)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
+BLOCK_N = tl.constexpr(64)  # keys of an iteration
+MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
+ALIGNMENT = 256  # bytes; of every scratch array
+SCORE_HEADS = tl.constexpr(4)  # query heads averaged into one score
+SCORE_BLOCK_N = tl.constexpr(64)  # keys of a score tile
+
+
+@triton.jit
+def keys_per_split(num_keys, num_splits):
+    """Whole tiles and at least one, so that splits past a request's keys are empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def read_pages(table, start, end):
+    """Pages of the keys of one tile, which all lie on one; entries past the end are not followed."""
+    return tl.load(table + start // PAGE_SIZE, mask=start < end, other=0)
+
+
+@triton.jit
+def tile_logits(q, k):
+    """Base-2 logits of a tile: q [M, D], k [D, N] -> [M, N] float32."""
+    return tl.dot(q, k) * LOGIT_SCALE
+
+
+@triton.jit
+def fold_tile(acc, row_max, row_sum, logits, v):
+    """One step of the online softmax: logits [M, N] and v [N, Dv] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    return acc, new_max, row_sum, weights, shift
+
+
+# Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "stride_share_tile",
+        "stride_share_request",
+        "stride_share_head",
+        "total_q",
+        "row_tiles",
+        "num_splits",
+    ]
+)
+def attend_splits(
+    q: "*bf16",  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+    k_cache: "tensordesc<bf16[1, 64, 1, 128]>",  # of [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+    v_cache: "tensordesc<bf16[1, 64, 1, 128]>",  # of [num_pages, PAGE_SIZE, NUM_KV_HEADS, V_HEAD_DIM]
+    page_table: "*i32",  # [batch, max_pages]
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    lse_ref: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    shares: "*fp32",  # [row_tiles, batch, NUM_KV_HEADS, max_kv], what each tile of rows adds to a mean
+    stride_q_row: "i64",
+    stride_q_head: "i64",
+    stride_table: "i64",
+    stride_share_tile: "i64",
+    stride_share_request: "i64",
+    stride_share_head: "i64",
+    total_q: "i64",
+    row_tiles: "i32",
+    num_splits: "i32",
+):
+    """One tile of packed rows over one split of the keys; programs are (KV head x tile x request, split)."""
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    tile = tl.program_id(0) // NUM_KV_HEADS % row_tiles
+    request = tl.program_id(0) // (NUM_KV_HEADS * row_tiles)
+    split = tl.program_id(1)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    prefix = kv_len - q_len  # position of the first row
+    if tile * BLOCK_M >= q_len * GROUP:
+        return
+    chunk = keys_per_split(kv_len, num_splits)
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, kv_len)
+    if begin >= end:
+        return
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    live = rows < q_len
+    dims = tl.arange(0, BLOCK_DIM)
+    q_offsets = (first_row + rows) * stride_q_row + heads * stride_q_head
+    q_tile = tl.load(q + q_offsets[:, None] + dims[None, :], mask=live[:, None], other=0.0)
+    positions = prefix + rows
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    table = page_table + request * stride_table
+    scored = live
+    num_scored = q_len  # rows
+    share = shares + tile * stride_share_tile + request * stride_share_request + kv_head * stride_share_head
+    reference = tl.load(lse_ref + (first_row + rows) * NUM_Q_HEADS + heads, mask=scored, other=float("inf"))
+    # A row that is not scored, or whose reference is not finite, weighs nothing.
+    reference = tl.where(tl.abs(reference) < float("inf"), reference * LOG2E, float("inf"))
+    acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    pages = read_pages(table, begin, end)
+    for start in tl.range(begin, end, BLOCK_N):
+        # The last tile begins earlier, to end where the keys do: slots nobody wrote may hold NaN, and 0 * NaN is NaN.
+        # Before a page's first slot a descriptor reads zeros, and what the tile before had already is masked.
+        first = start - tl.maximum(start - end + BLOCK_N, 0)
+        keys = first + tl.arange(0, BLOCK_N)
+        slot = first - start // PAGE_SIZE * PAGE_SIZE
+        k = k_cache.load([pages, slot, kv_head, 0]).reshape(BLOCK_N, BLOCK_DIM).T
+        v = v_cache.load([pages, slot, kv_head, 0]).reshape(BLOCK_N, BLOCK_V_DIM)
+        # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
+        # loads that are not get every stage of the pipeline.
+        pages = read_pages(table, start + BLOCK_N, end)
+        logits = tile_logits(q_tile, k)
+        visible = (keys >= start)[None, :] & (keys[None, :] <= positions[:, None])
+        logits = tl.where(visible, logits, NEG_INF)
+        acc, row_max, row_sum, weights, shift = fold_tile(acc, row_max, row_sum, logits, v)
+        # From the running maximum to the reference. Far above its reference a weight saturates.
+        from_reference = tl.exp2(tl.minimum(shift - reference, 64.0))
+        total = tl.sum(weights * from_reference[:, None], 0)
+        # A fixed denominator: a key outside a row's window counts as weight 0.
+        mean = total / (num_scored * SCORE_HEADS)
+        tl.store(share + keys, mean, mask=(keys >= start) & (keys < prefix))
+
+    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
+    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
+
+
+@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
+def merge_splits(
+    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
+    stride_out_row: "i64",
+    stride_out_head: "i64",
+    total_q: "i64",
+    max_q: "i32",
+    num_splits: "i32",
+):
+    """One row of one head out of its partial results; programs are (row x request, head)."""
+    row = tl.program_id(0) % max_q
+    request = tl.program_id(0) // max_q
+    head = tl.program_id(1)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    kv_len = tl.load(kv_lens + request)
+    if row >= q_len:
+        return
+    num_keys = tl.maximum(kv_len, 0)
+    used_splits = tl.cdiv(num_keys, keys_per_split(num_keys, num_splits))
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
+    total_max = tl.full([], NEG_INF, tl.float32)
+    total_sum = tl.full([], 0.0, tl.float32)
+    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
+        splits = first_split + tl.arange(0, MERGE_SPLITS)
+        used = splits < used_splits
+        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
+        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
+        split_out = tl.load(
+            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
+            mask=used[:, None],
+            other=0.0,
+        )
+        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
+        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weights = tl.exp2(split_lse - shift)
+        rescale = tl.exp2(total_max - shift)
+        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
+        total_sum = total_sum * rescale + tl.sum(weights, 0)
+        total_max = new_max
+    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    tl.store(
+        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
+        (acc / total_sum).to(out.dtype.element_ty),
+    )
+    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_share_tile",
+        "stride_share_request",
+        "stride_share_head",
+        "stride_scores_request",
+        "stride_scores_row",
+        "score_tiles",
+    ]
+)
+def score_keys(
+    shares: "*fp32",  # [row_tiles, batch, NUM_KV_HEADS, max_kv], what each tile of rows adds to a mean
+    kv_lens: "*i32",  # [batch]
+    cu_q: "*i32",  # [batch + 1]
+    scores: "*fp32",  # [batch, NUM_KV_HEADS, max_kv]
+    stride_share_tile: "i64",
+    stride_share_request: "i64",
+    stride_share_head: "i64",
+    stride_scores_request: "i64",
+    stride_scores_row: "i64",
+    score_tiles: "i32",
+):
+    """Scores of a tile of prefix keys, from shares of row tiles; programs are (tile x request, score row)."""
+    tile = tl.program_id(0) % score_tiles
+    request = tl.program_id(0) // score_tiles
+    score_row = tl.program_id(1)
+    first_row = tl.load(cu_q + request)
+    q_len = tl.load(cu_q + request + 1) - first_row
+    prefix = tl.load(kv_lens + request) - q_len
+    if (q_len == 0) | (tile * SCORE_BLOCK_N >= prefix):
+        return
+
+    keys = tile * SCORE_BLOCK_N + tl.arange(0, SCORE_BLOCK_N)
+    inside = keys < prefix
+    mean = tl.zeros([SCORE_BLOCK_N], tl.float32)
+    # Added up in this order, so that every run gives the same.
+    for row_tile in tl.range(0, tl.cdiv(q_len * GROUP, BLOCK_M)):
+        share = shares + row_tile * stride_share_tile + request * stride_share_request
+        mean += tl.load(share + score_row * stride_share_head + keys, mask=inside, other=0.0)
+    tl.store(scores + request * stride_scores_request + score_row * stride_scores_row + keys, mean, mask=inside)
+
+
+# The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
+# Without fusing multiplications into additions, results do not change with what else a function computes.
+KERNELS = {
+    attend_splits: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    merge_splits: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+    score_keys: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
+}
+
+
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return triton.cdiv(max_q * GROUP.value, BLOCK_M.value)
+
+
+def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
+    return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
+
+
+def scratch_bytes(total_q: int, batch: int, row_tiles: int, max_kv: int, splits: int) -> list[int]:
+    """Bytes of each scratch array, in the order in which they lie in the workspace."""
+    partials = splits * total_q * NUM_Q_HEADS.value
+    shares = row_tiles * batch * NUM_KV_HEADS.value * max_kv if row_tiles > 1 else 0
+    arrays = [partials * V_HEAD_DIM.value * 4, partials * 4, shares * 4]
+    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in arrays]
+
+
+def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Bytes of scratch that a launch of these sizes needs."""
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    return sum(scratch_bytes(total_q, batch, row_tiles_of(max_q), max_kv, splits))
+
+
+def launch(
+    *,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    lse_ref: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    workspace: torch.Tensor,
+    max_q: int,
+    max_kv: int,
+    num_sms: int,
+) -> None:
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    sizes = scratch_bytes(total_q, batch, row_tiles, max_kv, splits)
+    partial_out, partial_lse, shares = workspace[: sum(sizes)].split(sizes)
+    shape = (row_tiles, batch, NUM_KV_HEADS.value, max_kv)
+    shares = scores[None] if row_tiles == 1 else shares.view(torch.float32)[: math.prod(shape)].view(shape)
+    # Made anew for each launch, as they hold addresses; a captured launch keeps its own.
+    k_pages = TensorDescriptor(k_cache, k_cache.shape, k_cache.stride(), [1, BLOCK_N.value, 1, BLOCK_DIM.value])
+    v_pages = TensorDescriptor(v_cache, v_cache.shape, v_cache.stride(), [1, BLOCK_N.value, 1, BLOCK_V_DIM.value])
+    attend_splits[(NUM_KV_HEADS.value * row_tiles * batch, splits)](
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        kv_lens,
+        cu_q,
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        lse_ref,
+        shares,
+        q.stride(0),
+        q.stride(1),
+        page_table.stride(0),
+        *shares.stride()[:3],
+        total_q,
+        row_tiles,
+        splits,
+        **KERNELS[attend_splits],
+    )
+    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
+        partial_out.view(torch.float32),
+        partial_lse.view(torch.float32),
+        kv_lens,
+        cu_q,
+        out,
+        lse,
+        out.stride(0),
+        out.stride(1),
+        total_q,
+        max_q,
+        splits,
+        **KERNELS[merge_splits],
+    )
+    if row_tiles > 1:
+        score_tiles = triton.cdiv(scores.shape[2], SCORE_BLOCK_N.value)
+        score_keys[(score_tiles * batch, scores.shape[1])](
+            shares,
+            kv_lens,
+            cu_q,
+            scores,
+            *shares.stride()[:3],
+            scores.stride(0),
+            scores.stride(1),
+            score_tiles,
+            **KERNELS[score_keys],
+        )
