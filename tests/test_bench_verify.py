@@ -119,6 +119,9 @@ def test_a_gpu_that_is_absent_is_labelled_modelled(
     least = 32768 * 8 * 2 * 128 * 2 / 3350e3  # the bytes of K and V at the data sheet's rate, in microseconds
     assert result["predicted_us"] > least
     assert 0 < result["share_of_floor"] < 1
+    assert result["bytes_moved"] >= result["bytes_least"] >= 32768 * 8 * 2 * 128 * 2
+    assert 0 < result["residency"]["occupancy"] <= 1
+    assert result["predicted_us"] == pytest.approx(sum(term["microseconds"] for term in result["terms"]), abs=0.01)
 
 
 @pytest.mark.parametrize("name", list(peers.PEERS))

@@ -21,7 +21,7 @@ from specattn_codegen.errors import SpecError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PROCESSOR = "this machine: "
-WIDTH = 118
+WIDTH = 124
 
 
 def processor(arch: Arch) -> str:

@@ -15,8 +15,10 @@ from specattn_bench.verify_modelled import Modelled
 from specattn_bench.verify_series import Asked, Case, Series
 from specattn_bench.verify_standing import Standing
 from specattn_codegen.cli.progress import microseconds
+from specattn_codegen.cost_model import Prediction
+from specattn_codegen.digest import to_plain
 
-TEXT_COLUMNS = ("series", "gpu", "case", "scores", "plan", "binds", "label")
+TEXT_COLUMNS = ("series", "case", "plan", "binds", "label")
 COLUMNS = ("series", "median", "20-80 %", "GB/s", "of read", "of floor", "of method", "over none", "x best", "x plain")
 LEGEND = (
     "of read: bytes of K and V a second, of the read ceiling. of floor: the longer of bytes at the read ceiling and",
@@ -24,10 +26,13 @@ LEGEND = (
     "over none: beside ours without scores. x best, x plain: times as fast as the fastest torch layout without scores,",
     "and as SDPA over K/V repeated for every head.",
 )
-MODELLED_COLUMNS = ("gpu", "case", "scores", "plan", "time", "of floor", "binds", "label")
+MODELLED_COLUMNS = ("case", "plan", "time", "of floor", "bytes", "occupancy", "in flight", "binds", "label")
 MODELLED_LEGEND = (
     "modelled: compiled for the GPU, which is not here, and predicted by the cost model; nothing was timed.",
     "plan: how it was found. of floor: the longer of bytes and operations at the data sheet's rates, over the time.",
+    "bytes: moved, over the least. occupancy: of the launch that reads the cache. in flight: the bytes it",
+    "asks for at once, over latency x bandwidth, which by Little's law keep the memory busy from 1 on. binds: the",
+    "longest launch and its limit.",
 )
 
 
@@ -101,6 +106,10 @@ def modelled_result(modelled: Modelled) -> dict[str, object]:
         "status": "modelled",
         "predicted_us": round(prediction.latency_us, 2),
         "share_of_floor": _rounded(prediction.share_of_ceiling),
+        "bytes_moved": prediction.bytes_moved,
+        "bytes_least": prediction.bytes_least,
+        "residency": to_plain(prediction.residency),
+        "terms": to_plain(prediction.terms),
         "binds": prediction.bound,
     }
 
@@ -161,16 +170,12 @@ def _cells(standing: Standing) -> tuple[str, ...]:
 
 def show_modelled(modelled: Sequence[Modelled], title: str, screen: Console) -> None:
     table = _table(title, MODELLED_COLUMNS)
-    for above, one in zip((None, *modelled), modelled, strict=False):
-        if above is not None and (above.arch, above.scores) != (one.arch, one.scores):
-            table.add_section()
-        found = one.chosen.found if one.chosen else ""
-        prediction = one.prediction
-        cells = ("", "", "not served", "")
-        if prediction is not None:
-            time = microseconds(prediction.latency_us)
-            cells = (time, f"{prediction.share_of_ceiling:.0%}", prediction.bound, "modelled")
-        table.add_row(one.arch.name, one.case.name, one.scores, found, *cells)
+    for group in dict.fromkeys((one.arch.name, one.scores) for one in modelled):
+        table.add_row(f"{group[0]}, {'no scores' if group[1] == 'none' else group[1]}", style="bold")
+        for one in (one for one in modelled if (one.arch.name, one.scores) == group):
+            cells = ("", "not served") if one.prediction is None else _modelled_cells(one, one.prediction)
+            table.add_row(f"  {one.case.name}", *cells)
+        table.add_section()
     screen.print(table)
     for reason in dict.fromkeys(
         f"{one.arch.name}, scores {one.scores}: {one.refused}" for one in modelled if one.refused
@@ -178,3 +183,17 @@ def show_modelled(modelled: Sequence[Modelled], title: str, screen: Console) -> 
         screen.print(reason, markup=False, soft_wrap=True)
     for line in MODELLED_LEGEND:
         screen.print(line, markup=False, soft_wrap=True)
+
+
+def _modelled_cells(modelled: Modelled, prediction: Prediction) -> tuple[str, ...]:
+    residency = prediction.residency
+    return (
+        modelled.chosen.found if modelled.chosen else "",
+        microseconds(prediction.latency_us),
+        f"{prediction.share_of_ceiling:.0%}",
+        f"{prediction.excess_bytes:.2f}x",
+        f"{residency.occupancy:.0%}",
+        f"{residency.bytes_in_flight / residency.bytes_to_saturate:.2f}x",
+        prediction.bound,
+        "modelled",
+    )
