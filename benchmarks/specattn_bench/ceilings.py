@@ -13,16 +13,14 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
 
-MATRIX_EXTENT = (
-    1536  # three matrices of it outgrow the private caches, and one product takes some hundredths of a second
-)
+MATRIX_EXTENT = 1536  # three matrices outgrow the private caches; a product takes some hundredths of a second
 REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
     """bandwidth_gbs: best of several read patterns over at least four times the last-level cache; tflops by dtype: the
-    better of multiply-adds in registers (float32) and torch's matrix product. All threads, 10^9 and 10^12 a second."""
+    better of multiply-adds in registers and torch's matrix product. All threads, 10^9 and 10^12 a second."""
 
     bandwidth_gbs: float
     tflops: dict[str, float]
@@ -31,10 +29,13 @@ class Ceilings:
 def measure(arch: Arch, dtypes: Sequence[Dtype]) -> Ceilings:
     rates = cpu_info.measure_rates(arch.target, torch.get_num_threads(), arch.l2_bytes)
     products = {dtype: matrix_tflops(dtype) for dtype in dict.fromkeys(("float32", *dtypes))}
-    scalar = rates["fp32_tflops"]
+    registers = {"bfloat16": rates["bf16_tflops"]}
     return Ceilings(
         bandwidth_gbs=rates["bandwidth_gbs"],
-        tflops={dtype: round(max(rate, scalar), 4) for dtype, rate in products.items()},
+        tflops={
+            dtype: round(max(rate, rates["fp32_tflops"], registers.get(dtype, 0.0)), 4)
+            for dtype, rate in products.items()
+        },
     )
 
 
