@@ -131,6 +131,24 @@ def test_everything_selected_is_verification() -> None:
     assert result.passed, result.detail
 
 
+@pytest.mark.parametrize("block", [3, 16])
+@pytest.mark.parametrize("selection", get_args(ScoreHeads))
+def test_an_index_may_name_a_block_of_keys(selection: ScoreHeads, block: int) -> None:
+    """The last block before the tail reaches into it, and those keys count once; wild numbers stand for none."""
+    spec = sparse_spec(dataclasses.replace(SMALL, window=60), selection)
+    kernel = attention_kernel(spec)
+    problem = attention_problem(spec, q_lens=[2, 1], kv_lens=[80, 50], page_size=16, seed=16, budget=5, block=block)
+    assert problem.indices is not None
+    assert problem.counts is not None
+    problem.counts[:] = 5
+    problem.indices[:] = torch.tensor([-1, 0, 2, 2**31 - 1, 0])
+    problem.indices[:, :, 4] = torch.tensor([[77 // block], [48 // block]])
+    call = run(kernel, problem)
+    problem.indices[:, :, [0, 3]] = 0  # repeats mean nothing to the oracle
+    result = check_attention(spec, problem, call.out, call.lse)
+    assert result.passed, result.detail
+
+
 def test_untidy_selections_are_harmless() -> None:
     """Keys of the tail, -1 in the middle and a count past the width select nothing more."""
     spec = sparse_spec(SMALL, dtype="float32")

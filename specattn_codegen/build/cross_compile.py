@@ -63,16 +63,20 @@ def target_of(arch: Arch) -> GPUTarget:
 
 
 def _compile(kernel: JITFunction, options: dict[str, int], arch: Arch) -> CompiledKernel:
-    """The variant that launches take: annotated types, and 16-byte alignment wherever Triton would look for it."""
+    """The variant that launches take: annotated types, 16-byte alignment wherever Triton would look for it, and the
+    constants that are their own default."""
     # Triton calls no type of its own what an annotation says of a tensor descriptor, and takes it nevertheless.
     signature = {parameter.name: parameter.annotation_type or parameter.annotation for parameter in kernel.params}
     aligned = {
         (parameter.num,): [["tt.divisibility", 16]]
         for parameter in kernel.params
-        if parameter.annotation_type and not parameter.do_not_specialize
+        if parameter.annotation_type and not (parameter.is_constexpr or parameter.do_not_specialize)
     }
+    constants = {(parameter.num,): parameter.default for parameter in kernel.params if parameter.is_constexpr}
     try:
-        return triton.compile(ASTSource(kernel, signature, {}, aligned), target=target_of(arch), options=dict(options))
+        return triton.compile(
+            ASTSource(kernel, signature, constants, aligned), target=target_of(arch), options=dict(options)
+        )
     except (CompilationError, TritonError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BuildError(

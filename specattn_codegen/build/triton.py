@@ -98,8 +98,6 @@ class AttentionKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         if not isinstance(call, AttentionCall):
             raise TypeError(f"{self.spec.op} takes an AttentionCall")
-        if call.block != 1:
-            raise SpecError(f"selection.block={call.block}: this kernel takes single keys; select with block=1")
         if self.plan.as_dict().get("kv_load") == "descriptor":
             _require_aligned(call.k_cache, "k_cache")
             _require_aligned(call.v_cache, "v_cache")

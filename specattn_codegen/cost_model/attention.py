@@ -38,7 +38,8 @@ def num_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> 
     """Splits of every request's keys, by the rule of the templates' own num_splits."""
     split_keys = plan.integer("split_keys")
     if split_keys:
-        return max(1, math.ceil(workload.kv_len / split_keys))
+        spare = spec.op == "sparse_attention"
+        return max(1, math.ceil(workload.kv_len / split_keys) + spare)
     blocks = row_tiles(spec, plan, workload) * spec.heads.num_kv_heads * workload.batch
     wanted = plan.integer("ctas_per_sm") * arch.num_sms // max(1, blocks)
     return max(1, min(wanted, math.ceil(workload.kv_len / plan.integer("block_n"))))

@@ -74,6 +74,12 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     return next(resident, plans[-1])
 
 
+def batch_invariant(plan: Plan) -> Plan:
+    """The plan with splits of a fixed length: a row's attention then depends on its own keys alone, neither on the rows
+    and requests beside it nor on the bounds of the call. select_kv is exact, hence the same under every plan."""
+    return plan.replace(split_keys=SPLIT_KEYS[-1], ctas_per_sm=1) if "split_keys" in plan.as_dict() else plan
+
+
 def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
     for block_m, block_n, num_stages, num_warps in itertools.product(
         _block_m_choices(spec), (64, 32, 16), (3, 2, 1), (4, 8)

@@ -2,7 +2,7 @@
 
 heads  32 query heads on 8 KV heads (4 to a group), head_dim 128
 cache  bfloat16, pages of 16 keys, any strides but a unit last one
-chosen one selection per request and KV head: logical positions, -1 padded
+chosen one selection per request and KV head: blocks of keys by number, -1 padded
 
 A row at position p sees the selected keys before tail_start and every key from tail_start to p. The two form one list,
 selection first, that is split between blocks: attend_splits writes partial results and merge_splits combines them.
@@ -41,20 +41,22 @@ def keys_per_split(num_keys, num_splits):
 
 
 @triton.jit
-def seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width):
+def seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width, block):
     """Number of selected keys, start of the dense tail, and length of the list of both."""
     count = tl.load(counts + request * stride_counts + kv_head)
-    count = tl.minimum(tl.maximum(count, 0), width)
+    count = tl.minimum(tl.maximum(count, 0), width) * block
     num_keys = tl.maximum(kv_len, 0)
     tail = tl.minimum(tl.maximum(tl.load(tail_start + request), 0), num_keys)
     return count, tail, count + num_keys - tail
 
 
 @triton.jit
-def read_places(selection, table, start, end, count, tail):
-    """Positions of one tile of the list, -1 for none, and their pages."""
+def read_places(selection, table, start, end, count, tail, block):
+    """Positions of one tile of the list, negative for none, and their pages."""
     places = start + tl.arange(0, BLOCK_N)
-    chosen = tl.load(selection + places, mask=places < tl.minimum(count, end), other=-1)
+    chosen = tl.load(selection + places // block, mask=places < tl.minimum(count, end), other=-1)
+    # Whatever is far past the tail may as well be just past it, where no product overflows.
+    chosen = tl.minimum(chosen, tail // block + 1) * block + places % block
     # A selected key of the tail would count twice, and a negative one stands for none.
     keys = tl.where(places < count, tl.where(chosen < tail, chosen, -1), tail + places - count)
     keys = tl.where(places < end, keys, -1)
@@ -80,7 +82,8 @@ def fold_tile(acc, row_max, row_sum, logits, v):
     return acc, new_max, row_sum
 
 
-# Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
+# Only cache and query strides and the keys of an index are specialised on; what changes from call to call must not
+# compile another variant.
 @triton.jit(
     do_not_specialize=[
         "stride_table",
@@ -100,7 +103,7 @@ def attend_splits(
     page_table: "*i32",  # [batch, max_pages]
     kv_lens: "*i32",  # [batch]
     cu_q: "*i32",  # [batch + 1]
-    indices: "*i32",  # [batch, NUM_KV_HEADS, width]
+    indices: "*i32",  # [batch, NUM_KV_HEADS, width], of blocks of `block` keys
     counts: "*i32",  # [batch, NUM_KV_HEADS]
     tail_start: "*i32",  # [batch]
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
@@ -121,6 +124,7 @@ def attend_splits(
     total_q: "i64",
     row_tiles: "i32",
     num_splits: "i32",
+    block: tl.constexpr = 1,  # keys that an index names
 ):
     """One tile of packed rows over one split of the list; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -132,7 +136,7 @@ def attend_splits(
     kv_len = tl.load(kv_lens + request)
     if tile * BLOCK_M >= q_len * GROUP:
         return
-    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width)
+    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width, block)
     chunk = keys_per_split(listed, num_splits)
     begin = split * chunk
     end = tl.minimum(begin + chunk, listed)
@@ -155,7 +159,7 @@ def attend_splits(
     acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    keys, pages = read_places(selection, table, begin, end, count, tail)
+    keys, pages = read_places(selection, table, begin, end, count, tail, block)
     for start in tl.range(begin, end, BLOCK_N):
         inside = keys >= 0
         k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
@@ -167,7 +171,7 @@ def attend_splits(
         visible = inside[None, :] & (keys[None, :] <= positions[:, None])
         # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
         # loads that are not get every stage of the pipeline.
-        keys, pages = read_places(selection, table, start + BLOCK_N, end, count, tail)
+        keys, pages = read_places(selection, table, start + BLOCK_N, end, count, tail, block)
         logits = tl.where(visible, logits, NEG_INF)
         acc, row_max, row_sum = fold_tile(acc, row_max, row_sum, logits, v)
 
@@ -195,6 +199,7 @@ def merge_splits(
     total_q: "i64",
     max_q: "i32",
     num_splits: "i32",
+    block: tl.constexpr = 1,  # keys that an index names
 ):
     """One row of one head out of its partial results; programs are (row x request, head)."""
     row = tl.program_id(0) % max_q
@@ -205,7 +210,7 @@ def merge_splits(
     kv_len = tl.load(kv_lens + request)
     if row >= q_len:
         return
-    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, head // GROUP, kv_len, width)
+    count, tail, listed = seen_keys(counts, tail_start, stride_counts, request, head // GROUP, kv_len, width, block)
     used_splits = tl.cdiv(listed, keys_per_split(listed, num_splits))
     v_dims = tl.arange(0, BLOCK_V_DIM)
     acc = tl.zeros([BLOCK_V_DIM], tl.float32)
@@ -282,6 +287,7 @@ def launch(
     workspace: torch.Tensor,
     max_q: int,
     max_kv: int,
+    block: int,
     num_sms: int,
 ) -> None:
     """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
@@ -313,6 +319,7 @@ def launch(
         total_q,
         row_tiles,
         splits,
+        block,
         **KERNELS[attend_splits],
     )
     merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
@@ -331,5 +338,6 @@ def launch(
         total_q,
         max_q,
         splits,
+        block,
         **KERNELS[merge_splits],
     )
