@@ -43,7 +43,8 @@ class ScoreSpec:
     histogram    also count each score row's scores by their top 11 bits (HISTOGRAM_BINS), for select_kv to start from
 
     The denominator of weights is fixed, rows x heads: a key outside a row's window contributes 0. With a reference, a
-    row whose reference is not finite contributes 0, and `exp` saturates at 2^64 where a reference is far too small.
+    row whose reference is not finite contributes 0, and a row whose largest logit passes its reference by more than
+    2^64 is scaled down until it does not.
     `rows="all", heads="kv_head"` is PillarAttn's score (arXiv 2512.01278), `rows="ends", heads="layer"` is
     Vegas' (arXiv 2602.07223).
     """

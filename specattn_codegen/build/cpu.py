@@ -22,7 +22,8 @@ from specattn_codegen.policy import policy_numbers
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
-# -ffast-math is never used: in a shared object it flushes denormals for the whole process.
+# -ffast-math is never used: in a shared object it flushes denormals for the whole process. Nor may the compiler fuse
+# additions with multiplications as it sees fit: results would change with what else a kernel computes.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -30,7 +31,7 @@ FLAGS = (
     "-fPIC",
     "-fopenmp",
     "-fno-math-errno",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-Wall",
     "-Wno-psabi",
 )

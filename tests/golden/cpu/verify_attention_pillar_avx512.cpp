@@ -45,6 +45,7 @@ static inline Vec load(const float* p) { Vec v; memcpy(&v, p, sizeof v); return 
 static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline Vec round_to_int(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
 static inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 
@@ -75,12 +76,12 @@ static inline Vec exp2_of(Vec x) {
     x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
     const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
     Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
-    p = p * f + splat(1.339887459e-3f);
-    p = p * f + splat(9.618437359e-3f);
-    p = p * f + splat(5.550332471e-2f);
-    p = p * f + splat(2.402264791e-1f);
-    p = p * f + splat(6.931472029e-1f);
-    p = p * f + splat(1.0f);
+    p = multiply_add(p, f, splat(1.339887459e-3f));
+    p = multiply_add(p, f, splat(9.618437359e-3f));
+    p = multiply_add(p, f, splat(5.550332471e-2f));
+    p = multiply_add(p, f, splat(2.402264791e-1f));
+    p = multiply_add(p, f, splat(6.931472029e-1f));
+    p = multiply_add(p, f, splat(1.0f));
     return times_power_of_two(p, whole);
 }
 
@@ -110,8 +111,9 @@ struct Arguments {
     int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
 };
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-static inline int larger(int a, int b) { return a > b ? a : b; }
+// Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
+template <typename T> static inline T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T> static inline T larger(T a, T b) { return a > b ? a : b; }
 static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One request's rows and the virtual range of keys they go over.
@@ -282,14 +284,17 @@ static inline void dot_block(const float* q, const T* const* k, float* logits) {
         for (int r = 0; r < ROWS; r++) {
             const Vec row = load(q + r * D_PADDED + d * LANES);
 #pragma GCC unroll 16
-            for (int j = 0; j < KEYS; j++) sums[r * KEYS + j] += row * key[j];
+            for (int j = 0; j < KEYS; j++) sums[r * KEYS + j] = multiply_add(row, key[j], sums[r * KEYS + j]);
         }
     }
 #pragma GCC unroll 16
     for (int j = 0; j < KEYS; j++) {
         const Vec key = load_first<D_LAST>(k[j] + (D_VECS - 1) * LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) sums[r * KEYS + j] += load(q + r * D_PADDED + (D_VECS - 1) * LANES) * key;
+        for (int r = 0; r < ROWS; r++) {
+            const Vec row = load(q + r * D_PADDED + (D_VECS - 1) * LANES);
+            sums[r * KEYS + j] = multiply_add(row, key, sums[r * KEYS + j]);
+        }
     }
     float flat[LANES];
     store(flat, sum_each(sums));
@@ -329,9 +334,11 @@ static inline void weigh_block(
             value[c] = LAST && c == VECS - 1 ? load_first<DV_LAST>(at) : load(at);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++) {
+            const Vec weight = splat(weights[r * KEY_TILE + j]);
 #pragma GCC unroll 8
-            for (int c = 0; c < VECS; c++) sums[r][c] += splat(weights[r * KEY_TILE + j]) * value[c];
+            for (int c = 0; c < VECS; c++) sums[r][c] = multiply_add(weight, value[c], sums[r][c]);
+        }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
@@ -375,7 +382,7 @@ static void soften(const Scratch& s, int rows, float* row_max, float* row_sum) {
         float* weights = s.weights + row * KEY_TILE;
         Vec best = load(logits);
         for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(logits + j));
-        const float new_max = fmaxf(row_max[row], largest(best));
+        const float new_max = larger(row_max[row], largest(best));
         const Vec offset = splat(new_max == -INFINITY ? 0.0f : new_max);
         Vec sum = {};
         for (int j = 0; j < KEY_TILE; j += LANES) {
@@ -496,7 +503,8 @@ static void score_tile(const Arguments& a, const Workspace& w, int request, int 
             if (w.tile_max[at + i] == -INFINITY) continue;  // the row saw none of these keys
             const Vec weight = splat(exp2f(w.tile_max[at + i] - lse) * share);
             const Dumped* from = w.dumped + (at + i) * KEY_TILE;
-            for (int j = 0; j < KEY_TILE; j += LANES) store(sums + j, load(sums + j) + weight * load(from + j));
+            for (int j = 0; j < KEY_TILE; j += LANES)
+                store(sums + j, multiply_add(weight, load(from + j), load(sums + j)));
         }
         memcpy(key_scores_of(a, w, request, head) + begin, sums, count * sizeof(float));
     }
@@ -555,12 +563,12 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     float best = -INFINITY, sum = 0.0f;
     bool seen = false;
     for (int split = 0; split < splits; split++) {
-        best = fmaxf(best, w.partial_max[first + split * stride]);
+        best = larger(best, w.partial_max[first + split * stride]);
         seen |= w.partial_sum[first + split * stride] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
     }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
-        best = fmaxf(best, sink);
+        best = larger(best, sink);
         sum = exp2f(sink - best);
     }
     float merged[DV_PADDED] = {};
@@ -569,7 +577,8 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
         const float weight = exp2f(w.partial_max[at] - best);
         const float* acc = w.partial_acc + at * DV_PADDED;
         sum += weight * w.partial_sum[at];
-        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+        for (int d = 0; d < DV_PADDED; d += LANES)
+            store(merged + d, multiply_add(splat(weight), load(acc + d), load(merged + d)));
     }
     Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
     const float normalise = seen ? 1.0f / sum : 0.0f;

@@ -56,6 +56,7 @@ static inline Vec load(const bf16* p) {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline Vec round_to_int(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
 static inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 
@@ -86,12 +87,12 @@ static inline Vec exp2_of(Vec x) {
     x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
     const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
     Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
-    p = p * f + splat(1.339887459e-3f);
-    p = p * f + splat(9.618437359e-3f);
-    p = p * f + splat(5.550332471e-2f);
-    p = p * f + splat(2.402264791e-1f);
-    p = p * f + splat(6.931472029e-1f);
-    p = p * f + splat(1.0f);
+    p = multiply_add(p, f, splat(1.339887459e-3f));
+    p = multiply_add(p, f, splat(9.618437359e-3f));
+    p = multiply_add(p, f, splat(5.550332471e-2f));
+    p = multiply_add(p, f, splat(2.402264791e-1f));
+    p = multiply_add(p, f, splat(6.931472029e-1f));
+    p = multiply_add(p, f, splat(1.0f));
     return times_power_of_two(p, whole);
 }
 
@@ -121,8 +122,9 @@ struct Arguments {
     int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
 };
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-static inline int larger(int a, int b) { return a > b ? a : b; }
+// Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
+template <typename T> static inline T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T> static inline T larger(T a, T b) { return a > b ? a : b; }
 static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One request's rows and the virtual range of keys they go over.
@@ -444,7 +446,7 @@ static void soften(const Scratch& s, int rows, float* row_max, float* row_sum) {
         Element* weights = s.weights + row * KEY_TILE;
         Vec best = load(logits);
         for (int j = LANES; j < KEY_TILE; j += LANES) best = maximum(best, load(logits + j));
-        const float new_max = fmaxf(row_max[row], largest(best));
+        const float new_max = larger(row_max[row], largest(best));
         const Vec offset = splat(new_max == -INFINITY ? 0.0f : new_max);
         Vec sum = {};
         for (int j = 0; j < KEY_TILE; j += 2 * LANES) {
@@ -509,7 +511,7 @@ static Workspace plan_workspace(const Arguments& a) {
     w.partial_sum = (float*)take(rows * 4);
     w.partial_acc = (float*)take(rows * DV_PADDED * 4);
     Scratch unused;
-    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused) + HEADS_PER_TASK * unit_rows * 4;
+    const int64_t scratch = scratch_of(a.max_q * GROUP, nullptr, unused) + (HEADS_PER_TASK * unit_rows + LANES) * 4;
     w.scratch_bytes = divide_up(scratch, 4096) * 4096;
     w.scratch = take(w.scratch_bytes * a.threads);
     w.bytes = at;
@@ -551,21 +553,19 @@ static void score_tile(
 ) {
     const int scored = scored_rows(r.rows) * GROUP;
     const Vec share = splat(1.0f / (scored * 1));
-    float sums[KEY_TILE] = {};
+    Vec sums[KEY_TILE / LANES] = {};
     for (int first = 0; first < scored; first += LANES) {
-        int rows[LANES];
-        float factors[LANES] = {};
         const int count = smaller(LANES, scored - first);
-        for (int i = 0; i < count; i++) {
-            rows[i] = scored_row((first + i) / GROUP, r.rows) * GROUP + (first + i) % GROUP;
-            factors[i] = fminf(row_max[rows[i]] - references[first + i], REFERENCE_CEILING);
-        }
-        store(factors, exp2_of(load(factors)) * share);
-        for (int j = 0; j < KEY_TILE; j += LANES) {
-            Vec sum = load(sums + j);
-            for (int i = 0; i < count; i++) sum += splat(factors[i]) * weights_at(s, rows[i], j);
-            store(sums + j, sum);
-        }
+        const Vec excess = load(row_max + first) - load(references + first);  // rows past the last are not used
+        const Vec ceiling = splat(REFERENCE_CEILING);
+        float factors[LANES];
+        store(factors, exp2_of(excess < ceiling ? excess : ceiling) * share);
+        for (int i = 0; i < count; i++)
+#pragma GCC unroll 8
+            for (int v = 0; v < KEY_TILE / LANES; v++) {
+                const Vec weights = weights_at(s, first + i, v * LANES);
+                sums[v] = multiply_add(splat(factors[i]), weights, sums[v]);
+            }
     }
     const int count = smaller(KEY_TILE, prefix_of(a, r) - tile.position[0]);
     memcpy(head_scores_of(a, w, request, head) + tile.position[0], sums, count * sizeof(float));
@@ -638,12 +638,12 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     float best = -INFINITY, sum = 0.0f;
     bool seen = false;
     for (int split = 0; split < splits; split++) {
-        best = fmaxf(best, w.partial_max[first + split * stride]);
+        best = larger(best, w.partial_max[first + split * stride]);
         seen |= w.partial_sum[first + split * stride] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
     }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
-        best = fmaxf(best, sink);
+        best = larger(best, sink);
         sum = exp2f(sink - best);
     }
     float merged[DV_PADDED] = {};
@@ -652,7 +652,8 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
         const float weight = exp2f(w.partial_max[at] - best);
         const float* acc = w.partial_acc + at * DV_PADDED;
         sum += weight * w.partial_sum[at];
-        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+        for (int d = 0; d < DV_PADDED; d += LANES)
+            store(merged + d, multiply_add(splat(weight), load(acc + d), load(merged + d)));
     }
     Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
     const float normalise = seen ? 1.0f / sum : 0.0f;

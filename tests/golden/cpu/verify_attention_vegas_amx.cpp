@@ -59,6 +59,7 @@ static inline Vec load(const bf16* p) {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline Vec round_to_int(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
 static inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 
@@ -89,12 +90,12 @@ static inline Vec exp2_of(Vec x) {
     x = x < splat(-151.0f) ? splat(-151.0f) : x;       // NaN stays NaN
     const Vec whole = round_to_int(x), f = x - whole;  // |f| <= 1/2
     Vec p = splat(1.535336206e-4f);                    // minimax on [-1/2, 1/2] with p(0) = 1, error under 2^-28
-    p = p * f + splat(1.339887459e-3f);
-    p = p * f + splat(9.618437359e-3f);
-    p = p * f + splat(5.550332471e-2f);
-    p = p * f + splat(2.402264791e-1f);
-    p = p * f + splat(6.931472029e-1f);
-    p = p * f + splat(1.0f);
+    p = multiply_add(p, f, splat(1.339887459e-3f));
+    p = multiply_add(p, f, splat(9.618437359e-3f));
+    p = multiply_add(p, f, splat(5.550332471e-2f));
+    p = multiply_add(p, f, splat(2.402264791e-1f));
+    p = multiply_add(p, f, splat(6.931472029e-1f));
+    p = multiply_add(p, f, splat(1.0f));
     return times_power_of_two(p, whole);
 }
 
@@ -124,8 +125,9 @@ struct Arguments {
     int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
 };
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-static inline int larger(int a, int b) { return a > b ? a : b; }
+// Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
+template <typename T> static inline T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T> static inline T larger(T a, T b) { return a > b ? a : b; }
 static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One request's rows and the virtual range of keys they go over.
@@ -418,7 +420,7 @@ static void soften(const Scratch& s, int block, float* acc, float* row_max, floa
         Element* to = s.weights + ((int64_t)block * KEY_STEPS + step) * TILE_ELEMENTS;
         for (int row = 0; row < 16; row++) _mm512_storeu_si512(to + row * 32, pairs[row]);
     }
-    store(row_sum + block * 16, load(row_sum + block * 16) * rescale + (sum[0] + sum[1]));
+    store(row_sum + block * 16, multiply_add(load(row_sum + block * 16), rescale, sum[0] + sum[1]));
     store(row_max + block * 16, new_max);
     if (_mm512_cmpneq_ps_mask((__m512)rescale, _mm512_set1_ps(1.0f)) == 0) return;  // the usual case after a few tiles
     float factors[16];
@@ -588,7 +590,8 @@ static void score_tile(const Arguments& a, const Workspace& w, int request, int 
             if (w.tile_max[at + i] == -INFINITY) continue;  // the row saw none of these keys
             const Vec weight = splat(exp2f(w.tile_max[at + i] - lse) * share);
             const Dumped* from = w.dumped + (at + i) * KEY_TILE;
-            for (int j = 0; j < KEY_TILE; j += LANES) store(sums + j, load(sums + j) + weight * load(from + j));
+            for (int j = 0; j < KEY_TILE; j += LANES)
+                store(sums + j, multiply_add(weight, load(from + j), load(sums + j)));
         }
     }
     memcpy(key_scores_of(a, w, request, 0) + begin, sums, count * sizeof(float));
@@ -648,12 +651,12 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
     float best = -INFINITY, sum = 0.0f;
     bool seen = false;
     for (int split = 0; split < splits; split++) {
-        best = fmaxf(best, w.partial_max[first + split * stride]);
+        best = larger(best, w.partial_max[first + split * stride]);
         seen |= w.partial_sum[first + split * stride] != 0.0f;  // NaN counts: a row of NaN gives NaN, not nothing
     }
     if (a.sinks && seen) {
         const float sink = a.sinks[q_head] * LOG2_E;
-        best = fmaxf(best, sink);
+        best = larger(best, sink);
         sum = exp2f(sink - best);
     }
     float merged[DV_PADDED] = {};
@@ -662,7 +665,8 @@ static void merge_row(const Arguments& a, const Workspace& w, int request, int r
         const float weight = exp2f(w.partial_max[at] - best);
         const float* acc = w.partial_acc + at * DV_PADDED;
         sum += weight * w.partial_sum[at];
-        for (int d = 0; d < DV_PADDED; d += LANES) store(merged + d, load(merged + d) + splat(weight) * load(acc + d));
+        for (int d = 0; d < DV_PADDED; d += LANES)
+            store(merged + d, multiply_add(splat(weight), load(acc + d), load(merged + d)));
     }
     Element* out = a.out + (r.first_row + row) * a.out_row + q_head * a.out_head;
     const float normalise = seen ? 1.0f / sum : 0.0f;
