@@ -111,6 +111,36 @@ class Threshold:
 
 
 Policy = TopK | TopP | Threshold
+MAX_KEYS = 2**30  # of one row of scores, so that positions and budgets are 32-bit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyNumbers:
+    """A policy as kernels take it: policy 0 top-k, 1 top-p, 2 threshold; k 0 where the budget is a ratio of the prefix.
+
+    The threshold is that of all rows, where the policy has one number for them.
+    """
+
+    policy: int
+    k: int = 0
+    ratio_ppm: int = 0
+    min_keys: int = 0
+    max_keys: int = MAX_KEYS
+    share: float = 0.0
+    bisection_steps: int = 0
+    threshold: float = 0.0
+
+
+def policy_numbers(policy: Policy) -> PolicyNumbers:
+    """The numbers of a policy; max_keys is MAX_KEYS where it has none."""
+    if isinstance(policy, Threshold):
+        return PolicyNumbers(policy=2, threshold=policy.value if isinstance(policy.value, (int, float)) else 0.0)
+    least, most = min(policy.min, MAX_KEYS), MAX_KEYS if policy.max is None else min(policy.max, MAX_KEYS)
+    if isinstance(policy, TopK):
+        k = min(policy.k or 0, MAX_KEYS)
+        return PolicyNumbers(policy=0, k=k, ratio_ppm=policy.ratio_ppm, min_keys=least, max_keys=most)
+    steps = policy.bisection_steps or 0
+    return PolicyNumbers(policy=1, share=policy.p, bisection_steps=steps, min_keys=least, max_keys=most)
 
 
 def _require_bounds(policy: str, least: int, most: int | None) -> None:

@@ -26,6 +26,7 @@ from triton_cases import DEVICE, SMALL, attention_kernel, plan_for, run, sparse_
 POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -88,15 +89,18 @@ def _types_agree(annotation: object, argument: object) -> bool:
         return annotation == POINTERS[argument.dtype]
     if isinstance(argument, TensorDescriptor):
         return annotation == f"tensordesc<{POINTERS[argument.base.dtype][1:]}{argument.block_shape}>"
+    if isinstance(argument, float):
+        return annotation in ("fp32", "fp64")
     return isinstance(argument, int) and annotation in ("i32", "i64", tl.constexpr)
 
 
 @pytest.mark.parametrize("name", [*SPECS, "select"])
 def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list[Launch]) -> None:
     if name == "select":
-        plan = Plan.of("triton", block_n=1024, num_warps=4, radix_bits=8)
+        plan = Plan.of("triton", block_n=1024, num_warps=4, radix_bits=8, max_splits=1)
         kernel = build_triton.load(render(SELECT, plan, "triton"))
-        kernel.launch(_select_call(), torch.empty(0, dtype=torch.uint8, device=DEVICE))
+        call = _select_call()
+        kernel.launch(call, torch.empty(kernel.workspace_bytes(call), dtype=torch.uint8, device=DEVICE))
     else:
         spec, changes = SPECS[name]
         kernel = attention_kernel(spec, **changes)

@@ -25,8 +25,6 @@ constexpr int FEW = 32;                    // keys that are sorted rather than c
 
 enum Policy { TOP_K, TOP_P, THRESHOLD };
 
-struct Strides { int64_t layer, request, row; };  // in elements
-
 struct Arguments {
     const float* scores;         // [layers, batch, rows, columns]
     const float* thresholds;     // [layers, batch, rows], or null
@@ -36,12 +34,11 @@ struct Arguments {
     int32_t *indices, *counts;   // [layers, batch, rows, width], [layers, batch, rows]
     void* slots;                 // [layers, batch, rows, width] of slot_bytes, or null
     char* workspace;
-    Strides score, limit, bin, index, count, slot;
-    int64_t table_request;
-    int64_t policy, fixed_k, ratio_ppm, min_keys, max_keys;  // fixed_k is 0 where the budget is a ratio of the prefix
-    int64_t sink, recent, block;                             // in keys
-    double share;                                            // of the mass
-    float threshold;                                         // of every row, where thresholds is null
+    int64_t score_layer, score_request, score_row, threshold_layer, threshold_request, threshold_row, table_request;
+    int64_t policy, k, ratio_ppm, min_keys, max_keys;  // k is 0 where the budget is a ratio of the prefix
+    int64_t sink, recent, block;                       // in keys
+    double share;                                      // of the mass
+    float threshold;                                   // of every row, where thresholds is null
     int32_t layers, batch, rows, columns, width, bisection_steps, pages, slots_per_page, slot_bytes, threads;
 };
 
@@ -356,23 +353,21 @@ struct Row {
 
 static int64_t blocks_of(const Arguments& a, int64_t keys) { return (keys + a.block - 1) / a.block; }
 
-static int64_t offset(const Strides& s, int layer, int request, int row) {
-    return layer * s.layer + request * s.request + row * s.row;
-}
-
 static int64_t budget_of(const Arguments& a, int64_t keys) {
     if (a.policy != TOP_K) return smaller(a.max_keys, keys);
-    if (a.fixed_k) return smaller(a.fixed_k, keys);
+    if (a.k) return smaller(a.k, keys);
     const int64_t wanted = (a.ratio_ppm * keys + 999999) / 1000000;
     return smaller(smaller(larger(wanted, a.min_keys), a.max_keys), keys);
 }
 
-static Row describe(const Arguments& a, int layer, int request, int row) {
+static Row describe(const Arguments& a, int64_t item) {
+    const int64_t row = item % a.rows, request = item / a.rows % a.batch, layer = item / a.rows / a.batch;
+    const int64_t limit = layer * a.threshold_layer + request * a.threshold_request + row * a.threshold_row;
     const int64_t keys = larger(0, smaller(a.prefix_lens[request], a.columns * a.block));
     Row r;
-    r.scores = a.scores + offset(a.score, layer, request, row);
-    r.histogram = a.histogram ? a.histogram + offset(a.bin, layer, request, row) : nullptr;
-    r.threshold = a.thresholds ? a.thresholds[offset(a.limit, layer, request, row)] : a.threshold;
+    r.scores = a.scores + layer * a.score_layer + request * a.score_request + row * a.score_row;
+    r.histogram = a.histogram ? a.histogram + item * HISTOGRAM_BINS : nullptr;
+    r.threshold = a.thresholds ? a.thresholds[limit] : a.threshold;
     r.prefix = blocks_of(a, keys);
     r.head = smaller(blocks_of(a, a.sink), r.prefix);
     r.tail = a.recent ? larger(r.head, larger(0, keys - a.recent) / a.block) : r.prefix;
@@ -473,25 +468,24 @@ template <typename Slot> static void write_slots(const Arguments& a, const int32
     memset(slots + taken, -1, (a.width - taken) * sizeof(Slot));
 }
 
-static bool select_row(const Arguments& a, int layer, int request, int row, const Scratch& s) {
-    Row r = describe(a, layer, request, row);
+static bool select_row(const Arguments& a, int64_t item, const Scratch& s) {
+    Row r = describe(a, item);
     Choice choice = {};
     bool valid = true;
     if (a.policy == TOP_K) choice = choose_count(r, r.most - r.forced(), s);
     else if (a.policy == THRESHOLD) choice = choose_from(r, r.threshold, s);
     else valid = choose_share(a, r, s, &choice);
-    int32_t* out = a.indices + offset(a.index, layer, request, row);
+    int32_t* out = a.indices + item * a.width;
     int64_t taken = write_run(out, 0, 0, r.head);
     if (choice.whole) taken = write_run(out, taken, r.head, r.tail);
     else taken += emit(choice.kept, choice.limit, s, out + taken);
     taken = write_run(out, taken, r.tail, r.prefix);
     memset(out + taken, -1, (a.width - taken) * sizeof(int32_t));
-    a.counts[offset(a.count, layer, request, row)] = (int32_t)taken;
+    a.counts[item] = (int32_t)taken;
     if (a.slots) {
-        const int32_t* table = a.page_table + request * a.table_request;
-        const int64_t at = offset(a.slot, layer, request, row);
-        if (a.slot_bytes == 8) write_slots(a, table, out, taken, (int64_t*)a.slots + at);
-        else write_slots(a, table, out, taken, (int32_t*)a.slots + at);
+        const int32_t* table = a.page_table + item / a.rows % a.batch * a.table_request;
+        if (a.slot_bytes == 8) write_slots(a, table, out, taken, (int64_t*)a.slots + item * a.width);
+        else write_slots(a, table, out, taken, (int32_t*)a.slots + item * a.width);
     }
     return valid;
 }
@@ -514,10 +508,7 @@ extern "C" int run(const Arguments* arguments) {
     {
         const Scratch s = scratch_of(a, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows; item++) {
-            const int64_t request = item / a.rows;
-            invalid |= !select_row(a, (int)(request / a.batch), (int)(request % a.batch), (int)(item % a.rows), s);
-        }
+        for (int64_t item = 0; item < rows; item++) invalid |= !select_row(a, item, s);
     }
     return invalid;
 }
