@@ -19,6 +19,7 @@ TUNED_OPS: tuple[Op, ...] = ("verify_attention", "select_kv", "sparse_attention"
 
 PILLAR_SCORES = ScoreSpec(rows="all", heads="kv_head")  # arXiv 2512.01278
 VEGAS_SCORES = ScoreSpec(rows="ends", heads="layer")  # arXiv 2602.07223
+REFERENCE_SCORES = ScoreSpec(rows="all", heads="kv_head", normaliser="reference")  # docs/reference-scores.md
 
 
 def model_specs(
@@ -41,7 +42,7 @@ def model_specs(
         )
 
     verify = attention("verify_attention")
-    scored = tuple(attention("verify_attention", score) for score in (PILLAR_SCORES, VEGAS_SCORES))
+    scored = tuple(attention("verify_attention", score) for score in (PILLAR_SCORES, VEGAS_SCORES, REFERENCE_SCORES))
     select = tuple(select_spec(heads, layer_shared=shared) for shared in (False, True))
     sparse = tuple(attention("sparse_attention", selection=selection) for selection in get_args(ScoreHeads))
     wanted = (verify,) if heads.window is not None else (verify, *scored, *select, *sparse)

@@ -20,6 +20,7 @@ def test_the_presets_find_their_kernels() -> None:
         "verify_attention-bfloat16-p16",
         "verify_attention-all-kv_head-bfloat16-p16",
         "verify_attention-ends-layer-bfloat16-p16",
+        "verify_attention-all-kv_head-reference-bfloat16-p16",
         "select_kv-kv_head",
         "select_kv-layer",
         "sparse_attention-kv_head-bfloat16-p16",
