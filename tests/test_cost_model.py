@@ -12,7 +12,7 @@ from specattn_codegen import cost_model, gpus, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.build import triton as triton_build
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.cost_model import attention, floor, grid, occupancy
+from specattn_codegen.cost_model import attention, floor, grid, occupancy, selection
 from specattn_codegen.cost_model.grid import Grid, Iteration
 from specattn_codegen.cost_model.hardware import LAUNCH_US, rates
 from specattn_codegen.errors import SpecError
@@ -246,6 +246,19 @@ def test_splits_are_counted_as_the_rendered_kernel_counts_them(spec: KernelSpec)
         for workload in default_workloads(spec, H100):
             counted = module.num_splits(workload.batch, workload.q_len, workload.kv_len, H100.num_sms)
             assert attention.num_splits(spec, plan, workload, H100) == counted
+
+
+def test_blocks_of_a_selected_row_are_counted_as_the_rendered_kernel_counts_them() -> None:
+    spec = next(spec for spec in SPECS if spec.op == "select_kv")
+    found: set[int] = set()
+    for plan in some_plans(spec):
+        module = triton_build.import_source(render(spec, plan, "triton"))
+        for workload in default_workloads(spec, H100):
+            rows, columns = workload.batch * spec.selection_heads, workload.kv_len - workload.q_len
+            counted = module.num_splits(rows, columns, H100.num_sms)
+            assert selection.num_splits(spec, plan, workload, H100) == counted
+            found.add(counted)
+    assert len(found) > 2
 
 
 def test_every_gpu_has_finite_predictions() -> None:

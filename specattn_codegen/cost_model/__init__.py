@@ -10,7 +10,7 @@ from specattn_codegen.cost_model.grid import residency
 from specattn_codegen.cost_model.hardware import LAUNCH_US
 from specattn_codegen.cost_model.occupancy import why_unfit
 from specattn_codegen.cost_model.prediction import Prediction, Residency, Term
-from specattn_codegen.cost_model.selection import selection_launch
+from specattn_codegen.cost_model.selection import selection_launches
 from specattn_codegen.cost_model.traffic import bytes_moved
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
@@ -29,7 +29,7 @@ def predict(
     if plan.backend != "triton" or not arch.is_gpu:
         raise SpecError(f"the cost model knows Triton on GPUs, not {plan.backend} on {arch.name}; measure it instead")
     if spec.op == "select_kv":
-        launches = (selection_launch(spec, workload, plan, arch, resources[0]),)
+        launches = selection_launches(spec, workload, plan, arch, resources[0])
     else:
         launches = attention_launches(spec, workload, plan, arch, resources)
     overhead = Term(name="launches", microseconds=LAUNCH_US * len(launches), limit="launch")

@@ -1,4 +1,4 @@
-"""Time of the Triton selection kernel: one block walks one row, once per radix digit and once to write."""
+"""Time of the Triton selection kernel by number of keys: passes over a row for its digits, a count, and the writing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,28 @@ SCORE_OPS = 20.0
 BIN_OPS = 4.0
 
 
-def selection_launch(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:
+FEWEST_SPLITS = 4  # as in the template: fewer blocks to a row gain less than their launches cost
+
+
+def num_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> int:
+    """Blocks that share a row, as the rendered kernel counts them."""
+    rows, prefix = workload.batch * spec.selection_heads, max(1, workload.kv_len - workload.q_len)
+    tiles = math.ceil(prefix / plan.integer("block_n"))
+    splits = min(plan.integer("max_splits"), arch.num_sms // rows, tiles)
+    return splits if splits >= FEWEST_SPLITS else 1
+
+
+def selection_launches(
+    spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources
+) -> tuple[Launch, ...]:
+    """One launch for all passes where a row has one block, on NVIDIA; else a launch for each pass."""
     prefix = max(1, workload.kv_len - workload.q_len)
     block_n, radix_bits = plan.integer("block_n"), plan.integer("radix_bits")
-    blocks = workload.batch * spec.selection_heads
+    splits = num_splits(spec, plan, workload, arch)
+    blocks = workload.batch * spec.selection_heads * splits
     speed = rates(arch, spec.dtype, active_sms=min(blocks, arch.num_sms), warp_groups=False)
-    passes = KEY_BITS // radix_bits + 1
+    passes = math.ceil(KEY_BITS / radix_bits) + 2
+    launches = 1 if splits == 1 and arch.vendor == "nvidia" else passes
     scores = min(block_n, prefix)
     iteration = Iteration(
         memory_bytes=scores * SCORE_BYTES / passes,  # the first pass brings the row into the L2
@@ -42,7 +58,7 @@ def selection_launch(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arc
         blocks=blocks,
         num_warps=resources.num_warps,
         resident=max(1, blocks_per_sm(resources, arch)),
-        iterations=passes * math.ceil(prefix / block_n),
+        iterations=passes // launches * math.ceil(math.ceil(prefix / splits) / block_n),
         setup_us=speed.memory_latency_us,
     )
-    return Launch(name="select_rows", grid=grid, iteration=iteration, rates=speed)
+    return (Launch(name="select_rows", grid=grid, iteration=iteration, rates=speed),) * launches
