@@ -11,12 +11,13 @@ import torch
 
 from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.check import Verdict, check_attention, check_selection, expect_attention
-from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.policy import Policy, TopK
+from specattn_codegen.kernel import Call, Kernel, SelectCall
+from specattn_codegen.policy import Policy, Threshold, TopK, TopP
 from specattn_codegen.problems import AttentionProblem, attention_problem, random_scores
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import KernelSpec, Workload
 
+LONG_ROW = 4 * 8192 + 5  # scores that four blocks share whatever a plan's tiles
 GARBAGE = 0xA5  # what a workspace holds before a launch, since nothing may depend on it
 
 
@@ -120,20 +121,62 @@ def moved(problem: AttentionProblem, device: str) -> AttentionProblem:
 def _selection_verdicts(
     kernel: Kernel, workload: Workload, seed: int, device: str, extent: Extent
 ) -> Iterator[Verdict]:
-    rows = kernel.spec.selection_heads
+    for call in selection_calls(kernel.spec, workload, seed, extent, device):
+        launch(kernel, call, device)
+        yield check_selection(call)
+
+
+def selection_calls(
+    spec: KernelSpec, workload: Workload, seed: int, extent: Extent, device: str
+) -> Iterator[SelectCall]:
+    """The workload's own rows; then by every policy rows of few distinct scores, so that ties decide, of an empty
+    prefix and of one that the budget covers, with layers, blocks of keys and slots; and a row of many tiles, which
+    several blocks of a GPU may share."""
+    rows = spec.selection_heads
     prefix = max(1, min(workload.kv_len, extent.keys) - workload.q_len)
     own = random_scores(1, rows, [prefix], prefix, seed)
-    yield _selection_verdict(kernel, own, [prefix], TopK(ratio=0.07), sink=4, recent=16, device=device)
-    # Few distinct scores, so that ties decide; an empty prefix, and one that the budget covers.
+    yield _selection_call(own, [prefix], TopK(ratio=0.07), device, sink=4, recent=16)
     lengths = [extent.ragged, 0, 5, 64]
     tied = torch.round(random_scores(len(lengths), rows, lengths, extent.ragged + 7, seed + 1) * 200)
-    yield _selection_verdict(kernel, tied, lengths, TopK(k=40), sink=3, recent=8, device=device)
+    yield _selection_call(tied, lengths, TopK(k=40), device, sink=3, recent=8)
+    few = tied[:, :1].contiguous()
+    yield _selection_call(few, lengths, TopP(0.95, min=10, max=60), device, sink=3, recent=8)
+    table = torch.arange(len(lengths) * 20, dtype=torch.int32).view(len(lengths), 20).flip(1)
+    yield _selection_call(
+        torch.stack([few, few.flip(0)]),
+        [4 * length for length in lengths],
+        Threshold(1.0),
+        device,
+        recent=9,
+        block=4,
+        page_table=table.to(device),
+        page_size=32,
+    )
+    row = random_scores(1, 1, [LONG_ROW], LONG_ROW, seed + 2)
+    for policy in (TopK(ratio=0.05), TopP(0.9)):
+        yield _selection_call(row, [LONG_ROW], policy, device, sink=4, recent=16)
 
 
-def _selection_verdict(
-    kernel: Kernel, scores: torch.Tensor, prefixes: list[int], policy: Policy, *, sink: int, recent: int, device: str
-) -> Verdict:
-    prefix_lens = torch.tensor(prefixes, dtype=torch.int32)
-    call = select_call(scores.to(device), prefix_lens.to(device), policy, sink=sink, recent=recent)
-    launch(kernel, call, device)
-    return check_selection(call)
+def _selection_call(
+    scores: torch.Tensor,
+    prefixes: list[int],
+    policy: Policy,
+    device: str,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    block: int = 1,
+    page_table: torch.Tensor | None = None,
+    page_size: int = 1,
+) -> SelectCall:
+    prefix_lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
+    return select_call(
+        scores.to(device),
+        prefix_lens,
+        policy,
+        sink=sink,
+        recent=recent,
+        block=block,
+        page_table=page_table,
+        page_size=page_size,
+    )

@@ -12,6 +12,7 @@ from specattn_codegen import build, cpu_info, prove, space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall, Call, Kernel, SelectCall
 from specattn_codegen.plan import Plan
+from specattn_codegen.policy import Threshold, TopP
 from specattn_codegen.prove import Extent
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
@@ -90,6 +91,25 @@ def one_count_off(call: Call) -> None:
     call.counts[-1, -1] -= 1
 
 
+def one_slot_off(call: Call) -> None:
+    assert isinstance(call, SelectCall)
+    if call.slots is not None:
+        call.slots[0, 0, 0, 0] += 1
+
+
+def one_key_short_of_the_share(call: Call) -> None:
+    assert isinstance(call, SelectCall)
+    if isinstance(call.policy, TopP):
+        call.counts[-1, 0] -= 1
+        call.indices[-1, 0, int(call.counts[-1, 0])] = -1
+
+
+def one_key_over_the_threshold(call: Call) -> None:
+    assert isinstance(call, SelectCall)
+    if isinstance(call.policy, Threshold):
+        call.counts[0, 0, 0] += 1
+
+
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
@@ -99,6 +119,9 @@ def one_count_off(call: Call) -> None:
         ("sparse", one_output_off),
         ("select", one_key_other),
         ("select", one_count_off),
+        ("select", one_slot_off),
+        ("select", one_key_short_of_the_share),
+        ("select", one_key_over_the_threshold),
     ],
 )
 def test_a_wrong_kernel_fails(name: str, spoil: Callable[[Call], None]) -> None:
