@@ -110,7 +110,7 @@ struct Scratch {
 };
 
 static int64_t list_elements(const Arguments& a) {
-    return (larger(a.columns, larger(SAMPLED, HISTOGRAM_BINS)) + SLACK + 15) / 16 * 16;
+    return (larger(a.columns, SAMPLED) + SLACK + 15) / 16 * 16;
 }
 
 static int64_t scratch_bytes(const Arguments& a) { return 3 * 4 * list_elements(a); }
@@ -376,18 +376,10 @@ static Row describe(const Arguments& a, int64_t item) {
     return r;
 }
 
-// The edge of the bin in which the `wanted` largest free scores end; NaN where the histogram counts fewer.
-static float floor_of_histogram(const Row& r, int64_t wanted, const Scratch& s) {
-    int32_t* counts = (int32_t*)s.keys;
-    memcpy(counts, r.histogram, HISTOGRAM_BINS * sizeof(int32_t));
-    const auto leave_out = [&](int64_t from, int64_t to) {
-        for (int64_t j = from; j < to; j++)
-            counts[ordered(r.scores[j]) >> HISTOGRAM_SHIFT & (HISTOGRAM_BINS - 1)]--;
-    };
-    leave_out(0, r.head);
-    leave_out(r.tail, r.prefix);
+// The edge of the bin in which the `wanted` largest of a row's scores end; NaN where the histogram counts fewer.
+static float floor_of_histogram(const int32_t* histogram, int64_t wanted) {
     for (int bin = HISTOGRAM_BINS - 1; bin >= 0; bin--)
-        if ((wanted -= counts[bin]) <= 0) return score_of((uint32_t)bin << HISTOGRAM_SHIFT | SIGN);
+        if ((wanted -= histogram[bin]) <= 0) return score_of((uint32_t)bin << HISTOGRAM_SHIFT | SIGN);
     return NAN;
 }
 
@@ -397,8 +389,9 @@ struct Choice { bool whole; int64_t kept; Limit limit; };
 static Choice choose_count(const Row& r, int64_t wanted, const Scratch& s) {
     if (wanted >= r.free_count()) return {true, 0, {}};
     if (wanted <= 0) return {false, 0, {}};
-    const float floor =
-        r.histogram ? floor_of_histogram(r, wanted, s) : floor_of_count(r.free(), r.free_count(), wanted, s);
+    // A histogram counts the forced keys, too; were they all above the floor, enough others would still be.
+    const float floor = r.histogram ? floor_of_histogram(r.histogram, wanted + r.forced())
+                                    : floor_of_count(r.free(), r.free_count(), wanted, s);
     int64_t kept = keep(r.free(), r.free_count(), floor, (int32_t)r.head, s);
     if (kept < wanted) kept = keep(r.free(), r.free_count(), NAN, (int32_t)r.head, s);
     return {false, kept, search<false>(kept, (double)wanted, s)};
