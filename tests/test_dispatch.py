@@ -174,6 +174,17 @@ def test_an_operator_takes_one_policy() -> None:
         torch.ops.specattn.select_kv(torch.rand(1, 1, 8), torch.tensor([8], dtype=torch.int32), k=2, p=0.5)
 
 
+def test_a_selection_starts_from_the_histogram_of_its_verification(kernels: Kernels, problem: AttentionProblem) -> None:
+    verified = kernels.verify_attention(*inputs(problem), max_q=3, score=ScoreSpec(histogram=True))
+    assert verified.scores is not None
+    assert verified.histogram is not None
+    chosen = [
+        kernels.select_kv(verified.scores, problem.tail_start, TopK(k=30), sink=4, recent=8, histogram=histogram)
+        for histogram in (None, verified.histogram)
+    ]
+    assert torch.equal(chosen[0].indices, chosen[1].indices)
+
+
 def test_slots_are_places_in_the_cache_the_kernels_were_loaded_for(kernels: Kernels) -> None:
     table = torch.tensor([[7, 3]], dtype=torch.int32)  # pages of 16 keys
     prefix_lens = torch.tensor([20], dtype=torch.int32)
