@@ -486,11 +486,11 @@ static bool select_row(const Arguments& a, int64_t item, const Scratch& s) {
 constexpr int64_t SCORES_PER_THREAD = 64 << 10;  // a thread is worth waking for about 20 microseconds of work
 
 static int useful_threads(const Arguments& a) {
-    const int64_t scores = (int64_t)a.layers * a.batch * a.rows * a.columns;
-    return (int)smaller(a.threads, 1 + scores / SCORES_PER_THREAD);
+    const int64_t rows = (int64_t)a.layers * a.batch * a.rows;
+    return (int)smaller(smaller(a.threads, larger(rows, 1)), 1 + rows * a.columns / SCORES_PER_THREAD);
 }
 
-extern "C" int64_t workspace_bytes(const Arguments* a) { return a->threads * scratch_bytes(*a); }
+extern "C" int64_t workspace_bytes(const Arguments* a) { return useful_threads(*a) * scratch_bytes(*a); }
 
 // Returns 0, or 1 where a share of the mass was asked for and a row holds a negative score or one that is not finite.
 extern "C" int run(const Arguments* arguments) {
