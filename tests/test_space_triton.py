@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 
 from cases import HEADS
 from specattn_codegen import gpus, space
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, ScoreSpec
+from specattn_codegen.plan import Setting
+from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KernelSpec, ScoreSpec
 
 LLAMA = HEADS[32, 8, 128]
 GEMMA = HeadConfig(num_q_heads=8, num_kv_heads=4, head_dim=256, softcap=50.0, window=4096)
 VERIFY = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", page_size=16)
+PAGE_64 = dataclasses.replace(VERIFY, kv_dtype="float8_e4m3", page_size=64)
+REFERENCE = dataclasses.replace(VERIFY, score=ScoreSpec(normaliser="reference"))
+LOGIT = dataclasses.replace(VERIFY, score=ScoreSpec(value="logit"))
+ODD = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -28,6 +36,52 @@ def test_default_plans_are_valid_on_every_gpu(heads: HeadConfig, dtype: Dtype) -
         for spec in specs:
             plan = space.default_plan(spec, arch, "triton")
             assert space.why_invalid(plan, spec, arch) is None, (name, str(plan))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+def test_default_plans_of_every_head_dim_and_cache(head_dim: int, group: int) -> None:
+    heads = HeadConfig(num_q_heads=2 * group, num_kv_heads=2, head_dim=head_dim, v_head_dim=128)
+    reference = ScoreSpec(normaliser="reference", histogram=True)
+    for cache, name, page_size in itertools.product(FLOAT8, ("a100", "l4", "b200", "mi300x"), (1, 880)):
+        arch = gpus.find(name)
+        spec = dataclasses.replace(VERIFY, heads=heads, kv_dtype=cache, page_size=page_size, score=reference)
+        plan = space.default_plan(spec, arch, "triton")
+        assert space.why_invalid(plan, spec, arch) is None
+        sparse = dataclasses.replace(spec, op="sparse_attention", score=None, selection="layer")
+        assert space.why_invalid(space.default_plan(sparse, arch, "triton"), sparse, arch) is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "spec", "changes", "reason"),
+    [
+        ("h100", VERIFY, {"split_keys": 512}, "ctas_per_sm=2 has no say where split_keys=512 is fixed; use 1"),
+        ("a100", PAGE_64, {"kv_load": "descriptor"}, "a100 has no tensor memory accelerator; use kv_load=pointer"),
+        ("mi300x", PAGE_64, {"kv_load": "descriptor"}, "mi300x has no tensor memory accelerator"),
+        ("h100", VERIFY, {"kv_load": "descriptor"}, "page_size=16 is no multiple of block_n=64; use a block_n that"),
+        ("h100", dataclasses.replace(PAGE_64, heads=ODD), {"kv_load": "descriptor"}, "head_dim=100 float8_e4m3"),
+        ("a10", PAGE_64, {"float8": "native"}, "a10 has no instruction for float8_e4m3; use float8=bits"),
+        (
+            "h100",
+            PAGE_64,
+            {"block_m": 64, "num_warps": 4, "num_stages": 1},
+            "registers a thread with their operands; more warps",
+        ),
+        ("h100", REFERENCE, {"score_method": "remat"}, "score_method=remat is not one of fused"),
+        ("h100", LOGIT, {"score_method": "dump"}, "score_method=dump is not one of fused, remat"),
+    ],
+    ids=lambda value: value.name if isinstance(value, KernelSpec) else None,
+)
+def test_a_refusal_names_what_would_do(arch: str, spec: KernelSpec, changes: dict[str, Setting], reason: str) -> None:
+    gpu = gpus.find(arch)
+    plan = space.default_plan(spec, gpu, "triton").replace(**changes)
+    assert reason in (space.why_invalid(plan, spec, gpu) or "")
+
+
+def test_descriptors_serve_large_pages_on_hopper_and_later() -> None:
+    for name in ("h100", "b200", "rtx5090"):
+        plan = space.default_plan(PAGE_64, gpus.find(name), "triton").replace(kv_load="descriptor")
+        assert space.why_invalid(plan, PAGE_64, gpus.find(name)) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +140,7 @@ def test_a_second_pass_that_needs_too_much_shared_memory_is_refused() -> None:
 
 def test_every_axis_has_feasible_values() -> None:
     """Each value of each axis occurs in some valid plan, so that none is there for nothing."""
-    spec = KernelSpec(op="verify_attention", heads=LLAMA, dtype="bfloat16", page_size=16, score=ScoreSpec())
+    spec = dataclasses.replace(PAGE_64, score=ScoreSpec())
     plans = list(space.feasible(spec, gpus.find("h100"), "triton"))
     for axis in space.axes(spec, "triton"):
         assert {plan[axis.name] for plan in plans} == set(axis.values), axis.name

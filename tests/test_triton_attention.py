@@ -13,6 +13,7 @@ import torch
 
 from cases import HEADS
 from specattn_codegen.check import check_attention
+from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.problems import Layout, attention_problem
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreSpec
@@ -83,6 +84,64 @@ def test_every_page_size_and_layout(page_size: int, layout: Layout) -> None:
         )
         result = verdict(kernel, problem)
         assert result.passed, (kernel.spec.op, result.detail)
+
+
+# (group, head_dim, v_head_dim, page size, rows of each request, keys of the first), each value with others than before.
+SHAPES = [
+    (1, 64, 64, 1, [1, 16], 40),
+    (3, 80, 64, 8, [5], 70),
+    (2, 96, 96, 16, [33, 1], 60),
+    (5, 112, 128, 32, [7], 90),
+    (16, 128, 128, 64, [2], 70),
+    (1, 160, 128, 128, [3, 1], 140),
+    (7, 192, 128, 880, [4], 900),
+    (6, 256, 256, 16, [16], 40),
+]
+FEATURES = [{}, {"softcap": 5.0}, {"window": 50}, {"sinks": True}, {"window": 30, "softcap": 8.0, "sinks": True}]
+
+
+@pytest.mark.parametrize("place", range(len(SHAPES)), ids=[str(shape[:4]) for shape in SHAPES])
+def test_every_head_dim_group_and_page_size(place: int) -> None:
+    group, head_dim, v_head_dim, page_size, q_lens, keys = SHAPES[place]
+    heads = HeadConfig(
+        num_q_heads=group, num_kv_heads=1, head_dim=head_dim, v_head_dim=v_head_dim, **FEATURES[place % len(FEATURES)]
+    )
+    layout: Layout = "hnd" if place % 2 or head_dim != v_head_dim else "interleaved"
+    for spec in (verify_spec(heads, page_size=page_size), sparse_spec(heads, page_size=page_size)):
+        problem = attention_problem(
+            spec,
+            q_lens=q_lens,
+            kv_lens=[keys, 35][: len(q_lens)],
+            page_size=page_size,
+            seed=place,
+            layout=layout,
+            budget=30,
+        )
+        result = verdict(attention_kernel(spec), problem)
+        assert result.passed, (spec.op, result.detail)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_descriptors_read_what_pointers_read(layout: Layout, page_size: int) -> None:
+    """Also where a split ends inside a page, whose other slots hold NaN, and a tile would begin before its page."""
+    heads = HeadConfig(num_q_heads=3, num_kv_heads=1, head_dim=64, window=None if layout == "nhd" else 45)
+    spec = verify_spec(heads, ScoreSpec(), page_size=page_size)
+    kernel = attention_kernel(spec, kv_load="descriptor", block_n=16, score_method="dump")
+    problem = attention_problem(
+        spec, q_lens=[2, 1, 3], kv_lens=[101, 64, 2], page_size=page_size, seed=15, layout=layout
+    )
+    for num_sms in (1, 100):
+        result = verdict(kernel, problem, num_sms)
+        assert result.passed, result.detail
+
+
+def test_a_cache_that_descriptors_cannot_take_is_refused() -> None:
+    spec = verify_spec(HeadConfig(num_q_heads=1, num_kv_heads=1, head_dim=12))
+    kernel = attention_kernel(spec, kv_load="descriptor", block_n=16)
+    call = call_of(spec, attention_problem(spec, q_lens=[1], kv_lens=[5], page_size=16, seed=0))
+    with pytest.raises(SpecError, match=r"k_cache .* multiples of 16 bytes; .* kv_load=pointer"):
+        kernel.launch(call, torch.zeros(kernel.workspace_bytes(call), dtype=torch.uint8, device=call.q.device))
 
 
 @pytest.mark.parametrize("block_m", [16, 32])

@@ -18,8 +18,8 @@ from specattn_codegen.build.disassemble import amdgcn_usage
 from specattn_codegen.errors import BuildError
 from specattn_codegen.render import render
 
-# sm_80, sm_89, sm_90, sm_100, sm_120 and gfx942, for two processes.
-BATCHES = (("h100", "a100", "l4"), ("mi300x", "b200", "rtx5090"))
+# sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 and gfx942, for two processes.
+BATCHES = (("h100", "a100", "l4", "a10"), ("mi300x", "b200", "rtx5090"))
 ARCHS = [name for batch in BATCHES for name in batch]
 
 
@@ -49,7 +49,7 @@ def test_default_plans_compile_and_fit(compiled: dict[str, Any], arch: str) -> N
         assert set(kernels) == expected | ({"score_keys"} if spec.score else set())
         for usage in kernels.values():
             assert usage["spill_bytes"] == 0, (name, usage)
-            assert 16 <= usage["registers"] <= (512 if limits.vendor == "amd" else 255), (name, usage)
+            assert 4 <= usage["registers"] <= (512 if limits.vendor == "amd" else 255), (name, usage)
             assert usage["smem_bytes"] <= limits.smem_per_block, (name, usage)
             assert usage["binary_bytes"] > 1000, (name, usage)
             assert usage["num_warps"] in (4, 8), (name, usage)

@@ -14,6 +14,9 @@ from specattn_codegen.spec import KernelSpec, ScoreSpec
 MAX_THREADS_PER_BLOCK = 1024
 MAX_TILE_ELEMENTS = 2**20  # Triton refuses larger tensors
 USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
+REGISTERS_WITH_OPERANDS = 220  # beyond, no binary for sm_80 to sm_120 was seen to do without spills
+ROOMY_REGISTERS = 165  # up to here none was seen to spill in its loop
+GATHER_BYTES = 16  # of one load through a pointer
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 DESCRIPTOR_ALIGNMENT = 16  # bytes; of a cache's address and strides, for its tensor memory accelerator
@@ -70,8 +73,13 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     plans = [plan for plan in _plans_by_preference(spec, arch) if why_invalid(plan, spec, arch) is None]
     if not plans:
         raise SpecError(f"head_dim={spec.heads.head_dim}: no Triton tile of it fits {arch.name}; use at most 256")
-    resident = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm)
-    return next(resident, plans[-1])
+    roomy = (
+        plan
+        for plan in plans
+        if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm
+        and accumulator_registers(plan, spec, arch) + operand_registers(plan, spec, arch) <= ROOMY_REGISTERS
+    )
+    return next(roomy, plans[-1])
 
 
 def batch_invariant(plan: Plan) -> Plan:
@@ -81,9 +89,10 @@ def batch_invariant(plan: Plan) -> Plan:
 
 
 def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
-    for block_m, block_n, num_stages, num_warps in itertools.product(
-        _block_m_choices(spec), (64, 32, 16), (3, 2, 1), (4, 8)
-    ):
+    tiles = list(itertools.product((64, 32, 16), (3, 2, 1)))
+    if arch.vendor == "nvidia":  # a tile that no stage buffers waits in registers: rather a smaller one
+        tiles.sort(key=lambda tile: tile[1] == 1)
+    for block_m, (block_n, num_stages), num_warps in itertools.product(_block_m_choices(spec), tiles, (4, 8)):
         plan = Plan.of(
             "triton",
             block_m=block_m,
@@ -98,8 +107,13 @@ def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
         if spec.is_float8:
             plan = plan.replace(float8="native" if _converts_float8(arch) else "bits")
         if spec.score is not None:
-            plan = plan.replace(score_method=score_methods(spec.score)[0], score_block_n=max(32, block_n))
+            plan = plan.replace(score_method=score_methods(spec.score)[0], score_block_n=_score_block_n(spec, block_n))
         yield plan
+
+
+def _score_block_n(spec: KernelSpec, block_n: int) -> int:
+    """As many keys as attend_splits reads at a time, but few where a score_keys of four warps reads wide ones again."""
+    return 32 if padded(spec.heads.head_dim) > 128 else max(32, block_n)
 
 
 def _converts_float8(arch: Arch) -> bool:
@@ -166,6 +180,27 @@ def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
     return elements // (plan.integer("num_warps") * arch.warp_size)
 
 
+def operand_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
+    """32-bit registers a thread needs beside its accumulators: addresses of gathered keys and values, the tile itself
+    where no stages buffer it, 8-bit floats next to what they become, and weights that scores take a second look at.
+
+    Not counted on AMD, which has 512 of them.
+    """
+    if arch.vendor == "amd":
+        return 0
+    tile = plan.integer("block_n") * (padded(spec.heads.head_dim) + padded(spec.heads.v_head_dim))
+    words = 0.0
+    if plan.as_dict().get("kv_load") != "descriptor":
+        words += tile * spec.cache_bytes / GATHER_BYTES * 2
+    if plan["num_stages"] == 1:
+        words += tile * spec.cache_bytes / 4
+    if spec.is_float8:
+        words += tile * spec.dtype_bytes / 4
+    if spec.score is not None and plan["score_method"] in ("dump", "fused"):
+        words += plan.integer("block_m") * plan.integer("block_n")
+    return round(words / (plan.integer("num_warps") * arch.warp_size))
+
+
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
     threads = plan.integer("num_warps") * arch.warp_size
@@ -203,6 +238,9 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     registers = accumulator_registers(plan, spec, arch)
     if registers > USABLE_REGISTERS:
         return f"tiles need about {registers} registers a thread for accumulators alone; more warps or smaller tiles"
+    registers += operand_registers(plan, spec, arch)
+    if registers > REGISTERS_WITH_OPERANDS:
+        return f"tiles need about {registers} registers a thread with their operands; more warps or smaller tiles"
     return None
 
 
