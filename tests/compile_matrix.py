@@ -74,7 +74,7 @@ def matrix(arch: Arch) -> list[tuple[str, KernelSpec, Plan]]:
     if "layer" in specs:
         dumped = space.default_plan(specs["layer"], arch, "triton").replace(score_method="dump")
         entries.append(("dump", specs["layer"], dumped))
-        fixed = space.triton.batch_invariant(space.default_plan(specs["unusual heads"], arch, "triton"))
+        fixed = space.batch_invariant(space.default_plan(specs["unusual heads"], arch, "triton"))
         entries.append(("fixed splits", specs["unusual heads"], fixed))
     if arch.name in ("h100", "b200"):
         paged = dataclasses.replace(verify(LLAMA, REFERENCE), page_size=64)

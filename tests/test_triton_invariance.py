@@ -101,5 +101,5 @@ def test_any_plan_has_a_batch_invariant_one(gpu: str) -> None:
         KernelSpec(op="sparse_attention", heads=SMALL, dtype="bfloat16", page_size=16, selection="layer"),
         KernelSpec(op="select_kv", heads=SMALL, selection="layer"),
     ):
-        plan = space.triton.batch_invariant(space.default_plan(spec, arch, "triton"))
+        plan = space.batch_invariant(space.default_plan(spec, arch, "triton"))
         assert space.why_invalid(plan, spec, arch) is None

@@ -310,6 +310,8 @@ class Kernels:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SpecError(f"{spec.name} is not built yet and a CUDA graph is being captured; call prepare() first")
         plan, rung = self._plan(spec, workload)
+        if self._batch_invariant:
+            plan = space.batch_invariant(plan)
         logger.info("%s %s: %s plan (%s)", spec.name, workload.name, rung, plan)
         self.rungs[spec, workload] = rung
         return build.load(render(spec, plan, build.target_for(plan, self.arch)))
@@ -380,7 +382,7 @@ def load_kernels(
     kv_dtype         of the KV cache where it differs: torch.float8_e4m3fn or torch.float8_e5m2
     page_size        keys per page of the cache
     strict           a missing pack entry raises SpecError instead of falling back to the default plan
-    batch_invariant  a row's result does not depend on what else is in the batch (CPU)
+    batch_invariant  a row's result does not depend on what else is in the batch, on the bounds or on the threads
     keep_scratch     keep scratch memory between calls; False allocates it anew, for several threads or streams
 
     Never tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
@@ -394,8 +396,6 @@ def load_kernels(
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise SpecError(f"device={device!s}: must be cpu or cuda")
-    if batch_invariant and place.type != "cpu":
-        raise SpecError("batch_invariant=True: served on the CPU only so far; GPU split counts follow the batch")
     arch = cpu_info.detect(measure=False) if place.type == "cpu" else gpu_detect.local()
     return Kernels(
         heads,

@@ -13,7 +13,7 @@ from specattn_codegen.space import cpu, triton
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec
 
-__all__ = ["Axis", "axes", "backends_for", "default_plan", "feasible", "why_invalid"]
+__all__ = ["Axis", "axes", "backends_for", "batch_invariant", "default_plan", "feasible", "why_invalid"]
 
 _SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton}
 
@@ -39,6 +39,11 @@ def default_plan(spec: KernelSpec, arch: Arch, backend: Backend) -> Plan:
     """A plan that is valid on every architecture the backend serves, chosen for safety before speed."""
     _require_served(spec, backend)
     return _SPACES[backend].default_plan(spec, arch)
+
+
+def batch_invariant(plan: Plan) -> Plan:
+    """The plan with splits of a fixed length, so that a row's result does not depend on its neighbours."""
+    return _SPACES[plan.backend].batch_invariant(plan)
 
 
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:

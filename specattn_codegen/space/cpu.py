@@ -66,6 +66,11 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     )
 
 
+def batch_invariant(plan: Plan) -> Plan:
+    """The plan itself: splits always have a fixed length here."""
+    return plan
+
+
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     if spec.op == "select_kv":
         return None

@@ -117,8 +117,9 @@ def _score_block_n(spec: KernelSpec, block_n: int) -> int:
 
 
 def _converts_float8(arch: Arch) -> bool:
-    """Whether the processor has instructions for the formats of caches. gfx942's own have another exponent bias."""
-    return arch.vendor == "nvidia" and arch.compute_capability >= 89
+    """Whether Triton converts the formats of caches by instructions. sm_89 has some, but Triton 3.6 then asks for one of
+    sm_90 on the way to bfloat16; gfx942's own formats have another exponent bias."""
+    return arch.vendor == "nvidia" and arch.compute_capability >= 90
 
 
 def _block_m_choices(spec: KernelSpec) -> tuple[int, ...]:
@@ -221,7 +222,7 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     if reason is not None:
         return reason
     if spec.kv_dtype == "float8_e4m3" and plan["float8"] == "native" and not _converts_float8(arch):
-        return f"float8=native: {arch.name} has no instruction for float8_e4m3; use float8=bits"
+        return f"float8=native: {arch.name} has no instructions that every Triton uses here; use float8=bits"
     if _has_scalar_products(spec, arch):
         per_thread = block_m * block_n / (num_warps * arch.warp_size)
         if per_thread > 2:
