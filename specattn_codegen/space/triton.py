@@ -117,8 +117,8 @@ def _score_block_n(spec: KernelSpec, block_n: int) -> int:
 
 
 def _converts_float8(arch: Arch) -> bool:
-    """Whether Triton converts the formats of caches by instructions. sm_89 has some, but Triton 3.6 then asks for one of
-    sm_90 on the way to bfloat16; gfx942's own formats have another exponent bias."""
+    """Whether Triton converts the formats of caches by instructions. sm_89 has some, but on the way to bfloat16 Triton
+    3.6 asks for one of sm_90 there; gfx942's own formats have another exponent bias."""
     return arch.vendor == "nvidia" and arch.compute_capability >= 90
 
 
