@@ -33,7 +33,7 @@ def _start(archs: tuple[str, ...]) -> subprocess.Popen[str]:
 def compiled() -> dict[str, Any]:
     results: dict[str, Any] = {}
     for process in [_start(batch) for batch in BATCHES]:
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=1200)
         assert process.returncode == 0
         results |= json.loads(output)
     return results
