@@ -91,7 +91,7 @@ def attention_call(
             "the keys the page table holds"
         )
     if selection is not None:
-        _check_selection(spec.heads, selection, tail_start, batch, q.device)
+        _check_selection(spec.heads, selection, tail_start, batch, page_size, q.device)
     if mode is not None:
         _require(mode, "mode", (batch,), torch.int32, q.device)
     score_shape = score_shape_of(spec, batch, max_kv, page_size)
@@ -114,6 +114,7 @@ def attention_call(
         indices=selection.indices if selection else None,
         counts=selection.counts if selection else None,
         block=selection.block if selection else 1,
+        slots=selection.slots if selection else None,
         mode=mode,
         tail_start=tail_start,
     )
@@ -183,7 +184,12 @@ def _cache_scale(spec: KernelSpec, name: str, scale: torch.Tensor | None, device
 
 
 def _check_selection(
-    heads: HeadConfig, selection: Selection, tail_start: torch.Tensor | None, batch: int, device: torch.device
+    heads: HeadConfig,
+    selection: Selection,
+    tail_start: torch.Tensor | None,
+    batch: int,
+    page_size: int,
+    device: torch.device,
 ) -> None:
     rows = selection.indices.shape[1] if selection.indices.dim() == 3 else None
     _require(selection.indices, "selection.indices", (batch, None, None), torch.int32, device)
@@ -197,9 +203,25 @@ def _check_selection(
         raise SpecError(f"selection.counts has strides {selection.counts.stride()}: must be contiguous")
     if selection.block < 1:
         raise SpecError(f"selection.block={selection.block}: must be at least 1 key per index")
+    if selection.slots is not None:
+        _check_slots(selection, selection.slots, page_size)
     if tail_start is None:
         raise SpecError("tail_start: a selection needs the position at which the dense tail begins")
     _require(tail_start, "tail_start", (batch,), torch.int32, device)
+
+
+def _check_slots(selection: Selection, slots: torch.Tensor, page_size: int) -> None:
+    indices = selection.indices
+    _require_slots(slots, "selection.slots", indices)
+    if slots.stride() != indices.stride():
+        raise SpecError(
+            f"selection.slots has strides {slots.stride()}: must be those of selection.indices, {indices.stride()}; "
+            "cut both alike"
+        )
+    if page_size % selection.block:
+        raise SpecError(
+            f"page_size={page_size}, block={selection.block}: slots need a page of a whole number of blocks"
+        )
 
 
 ScoreShape = tuple[int, int, int]
@@ -328,9 +350,13 @@ def _check_selection_output(scores: torch.Tensor, width: int, block: int, wants_
     if wants_slots != (out.slots is not None):
         raise SpecError("out.slots: give a tensor for them exactly where the call has a page_table")
     if out.slots is not None:
-        if out.slots.dtype not in SLOT_DTYPES:
-            raise SpecError(f"out.slots is {out.slots.dtype}: must be torch.int32 or torch.int64")
-        _require(out.slots, "out.slots", tuple(out.indices.shape), out.slots.dtype, scores.device)
+        _require_slots(out.slots, "out.slots", out.indices)
+
+
+def _require_slots(slots: torch.Tensor, name: str, indices: torch.Tensor) -> None:
+    if slots.dtype not in SLOT_DTYPES:
+        raise SpecError(f"{name} is {slots.dtype}: must be torch.int32 or torch.int64")
+    _require(slots, name, tuple(indices.shape), slots.dtype, indices.device)
 
 
 def _require_contiguous(**outputs: torch.Tensor | None) -> None:
@@ -390,6 +416,7 @@ def problem_call(spec: KernelSpec, problem: AttentionProblem) -> AttentionCall:
         counts=p.counts,
         tail_start=p.tail_start if p.indices is not None else None,
         block=p.block,
+        slots=p.slots,
         mode=p.mode,
         lse_ref=p.lse_ref,
         histogram=histogram,

@@ -23,8 +23,9 @@ class AttentionCall:
     bounds a request's rows and max_kv its keys; both shape the grid. Outputs are written in place: out
     [total_q, Hq, Dv], lse [total_q, Hq] float32, scores [B, S, columns] float32 and histogram [B, S, HISTOGRAM_BINS]
     int32 where the spec has them. Sparse attention also has indices [B, S, K], counts [B, S] and tail_start [B], all
-    int32; an index names `block` keys. Mixed attention has those and mode [B] int32: 0 verifies, 1 drafts. workspace is
-    uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
+    int32; an index names `block` keys. slots, int32 or int64 at the strides of indices, say where the cache holds those
+    blocks; without them the page table does. Mixed attention has those and mode [B] int32: 0 verifies, 1 drafts.
+    workspace is uint8 of at least `Kernel.workspace_bytes(call)`, its contents arbitrary.
     """
 
     q: torch.Tensor
@@ -43,6 +44,7 @@ class AttentionCall:
     counts: torch.Tensor | None = None
     tail_start: torch.Tensor | None = None
     block: int = 1
+    slots: torch.Tensor | None = None
     mode: torch.Tensor | None = None
     lse_ref: torch.Tensor | None = None
     histogram: torch.Tensor | None = None

@@ -44,6 +44,7 @@ class AttentionProblem:
     counts: torch.Tensor | None
     tail_start: torch.Tensor
     block: int = 1
+    slots: torch.Tensor | None = None
     mode: torch.Tensor | None = None
     lse_ref: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None

@@ -30,8 +30,8 @@ class SparseOutput(NamedTuple):
 class Selection(NamedTuple):
     """indices [B, S, K] int32, logical positions in blocks of `block` keys, ascending, -1 padded; counts [B, S] int32.
 
-    slots [B, S, K] int32 or int64 are the same blocks' places in the paged cache, where they were asked for. All have
-    a leading layer axis if the scores had one.
+    slots [B, S, K] int32 or int64 are the same blocks' places in the paged cache, where they were asked for: attention
+    then goes there, and not through the page table. All have a leading layer axis if the scores had one.
     """
 
     indices: torch.Tensor

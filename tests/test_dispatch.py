@@ -121,6 +121,17 @@ def test_bad_selections_are_refused(kernels: Kernels, problem: AttentionProblem)
     blocks = Selection(torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), block=0)
     with pytest.raises(SpecError, match="block=0"):
         kernels.sparse_attention(*inputs(problem), blocks, problem.tail_start, max_q=3)
+    indices, counts = torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    wide = torch.zeros(2, 2, 8, dtype=torch.int32)
+    bad_slots: dict[str, Selection] = {
+        r"selection\.slots is torch\.int16": Selection(indices, counts, slots=indices.short()),
+        r"selection\.slots has shape": Selection(indices, counts, slots=indices[:1]),
+        r"selection\.slots has strides \(16, 8, 1\)": Selection(indices, counts, slots=wide[:, :, :4]),
+        r"page_size=16, block=3: slots need": Selection(indices, counts, 3, indices),
+    }
+    for words, selection in bad_slots.items():
+        with pytest.raises(SpecError, match=words):
+            kernels.sparse_attention(*inputs(problem), selection, problem.tail_start, max_q=3)
     with pytest.raises(SpecError, match="sink=-1"):
         kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), TopK(k=2), sink=-1)
 
@@ -203,6 +214,10 @@ def test_operators_pass_opcheck_and_equal_the_kernels(kernels: Kernels, problem:
     }
     for operator, arguments in calls.items():
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+    slots = reference.physical_slots(p.indices, p.page_table, 16)
+    selected = (*inputs(p), p.indices, p.counts, p.tail_start, 3, scale)
+    placed = torch_ops.sparse_attention(*selected, slots=slots)
+    assert torch.equal(placed[0], torch_ops.sparse_attention(*selected)[0])
     out, lse, scores, histogram = torch_ops.verify_attention(*inputs(p), 3, scale, score_rows="all")
     expected = kernels.verify_attention(*inputs(p), max_q=3, score=SCORE)
     assert expected.scores is not None

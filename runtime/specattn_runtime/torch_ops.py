@@ -185,12 +185,14 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    block: int = 1,
+    slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out and lse."""
+    """Returns out and lse. slots, where given, say where the cache holds the selected blocks."""
     kernels = _kernels_of(q, k_cache, v_cache, sinks, scale, softcap, window)
     result = kernels.sparse_attention(
         *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
-        Selection(indices, counts),
+        Selection(indices, counts, block, slots),
         tail_start,
         max_q=max_q,
         max_kv=None if max_kv < 0 else max_kv,
@@ -220,6 +222,8 @@ def _(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    block: int = 1,
+    slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),

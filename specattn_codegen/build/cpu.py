@@ -104,14 +104,17 @@ class _AttentionArguments(ctypes.Structure):
 
     _POINTERS = (
         *("q", "k", "v", "out", "lse", "scores", "histogram", "sinks", "lse_ref", "k_scale", "v_scale"),
-        *("page_table", "kv_lens", "cu_q", "indices", "counts", "tail_start", "mode", "workspace"),
+        *("page_table", "kv_lens", "cu_q", "indices", "counts", "slots", "tail_start", "mode", "workspace"),
     )
     _STRIDES = (
         *("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row", "out_head"),
         *("table_row", "score_request", "score_row", "index_request", "index_row"),
         *("k_scale_head", "v_scale_head"),
     )
-    _SIZES = ("batch", "page_size", "max_q", "max_kv", "selected_width", "block", "threads")
+    _SIZES = (
+        *("batch", "num_pages", "page_size", "max_q", "max_kv", "selected_width", "block", "slot_bytes"),
+        "threads",
+    )
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _STRIDES),
@@ -154,14 +157,13 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
     return _AttentionArguments(
         *(_address(t) for t in (call.q, call.k_cache, call.v_cache, call.out, call.lse, call.scores, call.histogram)),
         *(_address(t) for t in (call.sinks, call.lse_ref, call.k_scale, call.v_scale)),
-        *(_address(t) for t in (call.page_table, call.kv_lens, call.cu_q, call.indices, call.counts, call.tail_start)),
-        _address(call.mode),
-        None,
+        *(_address(t) for t in (call.page_table, call.kv_lens, call.cu_q, call.indices, call.counts, call.slots)),
+        *(_address(call.tail_start), _address(call.mode), None),
         *(q[0], q[1], *k[:3], *v[:3], out[0], out[1], call.page_table.stride(0), *scores, *index),
         *(0 if scale is None else scale.stride(0) for scale in (call.k_scale, call.v_scale)),
-        *(call.batch, call.k_cache.shape[1], call.max_q, call.max_kv),
+        *(call.batch, *call.k_cache.shape[:2], call.max_q, call.max_kv),
         *(0 if call.indices is None else call.indices.shape[2], call.block),
-        torch.get_num_threads(),
+        *(0 if call.slots is None else call.slots.element_size(), torch.get_num_threads()),
     )
 
 

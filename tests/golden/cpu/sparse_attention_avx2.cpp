@@ -127,11 +127,14 @@ struct Arguments {
     float *lse, *scores;
     int32_t* histogram;
     const float *sinks, *lse_ref, *k_scale, *v_scale;
-    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start, *mode;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts;
+    const void* slots;  // of slot_bytes, at the strides of indices; null where the page table says where keys are
+    const int32_t *tail_start, *mode;
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
-    int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
+    int32_t batch, num_pages, page_size, max_q, max_kv, selected_width;
+    int32_t block, slot_bytes, threads;  // block: keys per index
 };
 
 // Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
@@ -194,20 +197,34 @@ static inline void set_key(
     tile.v[j] = a.v + task.first_head * a.v_head + page * a.v_page + slot * a.v_slot;
 }
 
+static inline int64_t slot_at(const Arguments& a, int64_t at) {
+    return a.slot_bytes == 8 ? ((const int64_t*)a.slots)[at] : ((const int32_t*)a.slots)[at];
+}
+
 static void locate_selected(
     const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile
 ) {
     const int32_t* pages = a.page_table + task.request * a.table_row;
-    const int32_t* indices = a.indices + task.request * a.index_request + task.first_head * a.index_row;
+    const int64_t row = task.request * a.index_request + task.first_head * a.index_row;
+    const int64_t slots_per_page = a.slots ? a.page_size / a.block : 1, slots = a.num_pages * slots_per_page;
     int block_index = begin / a.block, within_block = begin % a.block;
     for (int j = 0; j < tile.count; j++) {
         const int key = begin + j;
-        int64_t position = r.tail_start + key - selected;
-        if (key < selected) position = (int64_t)indices[block_index] * a.block + within_block;
-        if (++within_block == a.block) within_block = 0, block_index++;
-        const bool valid = key >= selected || (position >= 0 && position < r.tail_start);
+        int64_t position = r.tail_start + key - selected, slot = -1, offset = 0;
+        bool valid = true;
+        if (key < selected) {
+            position = (int64_t)a.indices[row + block_index] * a.block + within_block;
+            valid = position >= 0 && position < r.tail_start;
+            if (a.slots) {
+                slot = slot_at(a, row + block_index);
+                valid &= slot >= 0 && slot < slots;
+                offset = slot % slots_per_page * a.block + within_block;
+            }
+            if (++within_block == a.block) within_block = 0, block_index++;
+        }
         const int at = valid ? (int)position : r.kv_len - 1;  // any live key: what names no selectable one is hidden
-        set_key(a, task, tile, j, valid ? at : INT32_MAX, pages[at / a.page_size], at % a.page_size);
+        if (valid && slot >= 0) set_key(a, task, tile, j, at, slot / slots_per_page, offset);
+        else set_key(a, task, tile, j, valid ? at : INT32_MAX, pages[at / a.page_size], at % a.page_size);
     }
 }
 

@@ -104,11 +104,14 @@ struct Arguments {
     float *lse, *scores;
     int32_t* histogram;
     const float *sinks, *lse_ref, *k_scale, *v_scale;
-    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts, *tail_start, *mode;
+    const int32_t *page_table, *kv_lens, *cu_q, *indices, *counts;
+    const void* slots;  // of slot_bytes, at the strides of indices; null where the page table says where keys are
+    const int32_t *tail_start, *mode;
     char* workspace;
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
-    int32_t batch, page_size, max_q, max_kv, selected_width, block, threads;  // block: keys per index
+    int32_t batch, num_pages, page_size, max_q, max_kv, selected_width;
+    int32_t block, slot_bytes, threads;  // block: keys per index
 };
 
 // Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.

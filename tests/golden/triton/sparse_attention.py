@@ -51,16 +51,36 @@ def seen_keys(counts, tail_start, stride_counts, request, kv_head, kv_len, width
 
 
 @triton.jit
-def read_places(selection, table, start, end, count, tail, block):
-    """Positions of one tile of the list, negative for none, and their pages."""
+def read_slots(row_slots, blocks, mask, slot_words: tl.constexpr):
+    """Places of selected blocks in the cache, of one 32-bit word or two."""
+    low = tl.load(row_slots + blocks * slot_words, mask=mask, other=-1)
+    if slot_words == 1:
+        return low.to(tl.int64)
+    high = tl.load(row_slots + blocks * 2 + 1, mask=mask, other=-1)
+    return (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def read_places(selection, row_slots, table, start, end, count, tail, num_pages, block, slot_words: tl.constexpr):
+    """Positions of one tile of the list, negative for none, and the pages and slots that hold them."""
     places = start + tl.arange(0, BLOCK_N)
-    chosen = tl.load(selection + places // block, mask=places < tl.minimum(count, end), other=-1)
+    listed = places < tl.minimum(count, end)
+    chosen = tl.load(selection + places // block, mask=listed, other=-1)
     # Whatever is far past the tail may as well be just past it, where no product overflows.
     chosen = tl.minimum(chosen, tail // block + 1) * block + places % block
     # A selected key of the tail would count twice, and a negative one stands for none.
     keys = tl.where(places < count, tl.where(chosen < tail, chosen, -1), tail + places - count)
     keys = tl.where(places < end, keys, -1)
-    return keys, tl.load(table + keys // PAGE_SIZE, mask=keys >= 0, other=0).to(tl.int64)
+    if slot_words == 0:
+        pages = tl.load(table + keys // PAGE_SIZE, mask=keys >= 0, other=0).to(tl.int64)
+        return keys, pages, keys % PAGE_SIZE
+    # Selected blocks say where they are, and one that is nowhere in the cache stands for none.
+    blocks = read_slots(row_slots, places // block, listed, slot_words)
+    chosen_pages = blocks // (PAGE_SIZE // block)
+    keys = tl.where(listed & ((blocks < 0) | (chosen_pages >= num_pages)), -1, keys)
+    tail_pages = tl.load(table + keys // PAGE_SIZE, mask=(keys >= 0) & (places >= count), other=0).to(tl.int64)
+    slots = blocks % (PAGE_SIZE // block) * block + places % block
+    return keys, tl.where(listed, chosen_pages, tail_pages), tl.where(listed, slots.to(tl.int32), keys % PAGE_SIZE)
 
 
 @triton.jit
@@ -91,6 +111,7 @@ def fold_tile(acc, row_max, row_sum, logits, v):
         "stride_indices_row",
         "stride_counts",
         "width",
+        "num_pages",
         "total_q",
         "row_tiles",
         "num_splits",
@@ -105,6 +126,7 @@ def attend_splits(
     cu_q: "*i32",  # [batch + 1]
     indices: "*i32",  # [batch, NUM_KV_HEADS, width], of blocks of `block` keys
     counts: "*i32",  # [batch, NUM_KV_HEADS]
+    slots: "*i32",  # [batch, NUM_KV_HEADS, width, slot_words], where the cache holds those blocks; strided as indices
     tail_start: "*i32",  # [batch]
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -121,10 +143,12 @@ def attend_splits(
     stride_indices_row: "i64",
     stride_counts: "i64",
     width: "i32",
+    num_pages: "i32",
     total_q: "i64",
     row_tiles: "i32",
     num_splits: "i32",
     block: tl.constexpr = 1,  # keys that an index names
+    slot_words: tl.constexpr = 0,  # of 32 bits; 0 where the page table says where keys are
 ):
     """One tile of packed rows over one split of the list; programs are (KV head x tile x request, split)."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -153,17 +177,21 @@ def attend_splits(
     positions = kv_len - q_len + rows
     v_dims = tl.arange(0, BLOCK_V_DIM)
     table = page_table + request * stride_table
-    selection = indices + request * stride_indices_request + kv_head * stride_indices_row
+    row_offset = request * stride_indices_request + kv_head * stride_indices_row
+    selection = indices + row_offset
+    row_slots = slots + row_offset * slot_words
     k_head = k_cache + kv_head * stride_k_head
     v_head = v_cache + kv_head * stride_v_head
     acc = tl.zeros([BLOCK_M, BLOCK_V_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    keys, pages = read_places(selection, table, begin, end, count, tail, block)
+    keys, pages, page_slots = read_places(
+        selection, row_slots, table, begin, end, count, tail, num_pages, block, slot_words
+    )
     for start in tl.range(begin, end, BLOCK_N):
         inside = keys >= 0
-        k_offsets = pages * stride_k_page + (keys % PAGE_SIZE) * stride_k_slot
-        v_offsets = pages * stride_v_page + (keys % PAGE_SIZE) * stride_v_slot
+        k_offsets = pages * stride_k_page + page_slots * stride_k_slot
+        v_offsets = pages * stride_v_page + page_slots * stride_v_slot
         # Slots outside are read as zero: what lies there may be NaN, and 0 * NaN is NaN.
         k = tl.load(k_head + k_offsets[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
         v = tl.load(v_head + v_offsets[:, None] + v_dims[None, :], mask=inside[:, None], other=0.0)
@@ -171,7 +199,9 @@ def attend_splits(
         visible = inside[None, :] & (keys[None, :] <= positions[:, None])
         # Page numbers carried from the iteration before do not make the loads of keys and values indirect, and only
         # loads that are not get every stage of the pipeline.
-        keys, pages = read_places(selection, table, start + BLOCK_N, end, count, tail, block)
+        keys, pages, page_slots = read_places(
+            selection, row_slots, table, start + BLOCK_N, end, count, tail, num_pages, block, slot_words
+        )
         logits = tl.where(visible, logits, NEG_INF)
         acc, row_max, row_sum = fold_tile(acc, row_max, row_sum, logits, v)
 
@@ -281,6 +311,7 @@ def launch(
     cu_q: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor | None,
     tail_start: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -304,6 +335,7 @@ def launch(
         cu_q,
         indices,
         counts,
+        indices if slots is None else slots.view(torch.int32),
         tail_start,
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
@@ -316,10 +348,12 @@ def launch(
         indices.stride(1),
         counts.stride(0),
         width,
+        k_cache.shape[0],
         total_q,
         row_tiles,
         splits,
         block,
+        0 if slots is None else slots.element_size() // 4,
         **KERNELS[attend_splits],
     )
     merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
