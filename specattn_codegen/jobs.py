@@ -14,7 +14,7 @@ from specattn_codegen import build, cost_model
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.measure import rotating, time_interleaved, timed_calls, timer_for
+from specattn_codegen.measure import device_of, rotating, time_interleaved, timed_calls, timer_for
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.prove import ON_DEVICE, Extent, prove
@@ -97,6 +97,25 @@ class InterpretJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProveJob:
+    """Builds one plan for the device at hand and proves it there, which leaves its binary in the compiler's cache."""
+
+    spec: KernelSpec
+    plan: Plan
+    arch: Arch
+    workload: Workload
+    page_size: int
+    seed: int
+
+    def run(self) -> Outcome:
+        kernel = build.load(render_for(self.spec, self.plan, self.arch))
+        try:
+            return _proved(kernel, self.workload, self.page_size, self.seed, device_of(self.arch), ON_DEVICE)
+        except launch_errors(self.plan.backend) as error:
+            return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureJob:
     """Builds, proves and times plans on the device at hand; several take turns within one measurement. On a GPU the
     outcome has the resources of the last plan.
@@ -120,7 +139,7 @@ class MeasureJob:
                 if compiled.status is not Status.OK:
                     return compiled
                 resources = compiled.resources
-        device = "cuda" if self.arch.is_gpu else "cpu"
+        device = device_of(self.arch)
         kernels = [build.load(render_for(self.spec, plan, self.arch)) for plan in self.plans]
         worst = 0.0
         try:

@@ -16,8 +16,7 @@ from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.kernel import Call, Kernel
 from specattn_codegen.outcome import Timing
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import AttentionProblem, random_scores, workload_problem
-from specattn_codegen.prove import moved
+from specattn_codegen.problems import AttentionProblem, random_scores, timing_problem
 from specattn_codegen.spec import KernelSpec, Workload
 
 WARM_UP = 2
@@ -102,12 +101,17 @@ def rotating(kernel: Kernel, calls: Sequence[Call], device: str) -> Launch:
     return lambda: kernel.launch(next(turns), workspace)
 
 
+def device_of(arch: Arch) -> str:
+    """Where torch has the memory of a processor that is here."""
+    return "cuda" if arch.is_gpu else "cpu"
+
+
 def timed_calls(spec: KernelSpec, workload: Workload, arch: Arch, *, page_size: int, seed: int) -> tuple[Call, ...]:
     """Equal calls over different memory, enough of it that no cache still holds a call's data at its next turn."""
-    device = "cuda" if arch.is_gpu else "cpu"
+    device = device_of(arch)
     if spec.op == "select_kv":
         return _selection_calls(spec, workload, arch, seed, device)
-    problem = moved(workload_problem(spec, workload, page_size=page_size, seed=seed), device)
+    problem = timing_problem(spec, workload, page_size=page_size, seed=seed, device=device)
     size = problem.k_cache.nbytes + problem.v_cache.nbytes
     return tuple(problem_call(spec, turn) for turn in rotated(problem, copies(size, arch)))
 

@@ -167,7 +167,7 @@ def _same_layout(cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def workload_problem(spec: KernelSpec, workload: Workload, *, page_size: int, seed: int) -> AttentionProblem:
-    """Every request as long as the workload says; for timing, and for checking a candidate at its own size."""
+    """Every request as long as the workload says; for checking a candidate at its own size."""
     return attention_problem(
         spec,
         q_lens=[workload.q_len] * workload.batch,
@@ -176,6 +176,62 @@ def workload_problem(spec: KernelSpec, workload: Workload, *, page_size: int, se
         seed=seed,
         budget=workload.budget,
     )
+
+
+def timing_problem(spec: KernelSpec, workload: Workload, *, page_size: int, seed: int, device: str) -> AttentionProblem:
+    """As workload_problem, made on `device` and without poison, as gigabytes of keys take the host too long: for timing
+    alone. Pages are shuffled all the same."""
+    generator = torch.Generator(device).manual_seed(seed)
+    heads, batch, q_len = spec.heads, workload.batch, workload.q_len
+    pages = -(-workload.kv_len // page_size)
+    slots = (batch * pages, page_size, heads.num_kv_heads)
+    tail = workload.kv_len - q_len
+    total_q = batch * q_len
+
+    def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        drawn = torch.bfloat16 if dtype.itemsize == 1 else dtype  # 8-bit floats are not drawn, they are converted to
+        return torch.randn(*shape, generator=generator, dtype=drawn, device=device).to(dtype)
+
+    def integers(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    indices = counts = None
+    if spec.selection:
+        indices = _ascending(batch, spec.selection_heads, min(workload.budget, tail), tail, generator)
+        counts = torch.full(indices.shape[:2], min(workload.budget, tail), dtype=torch.int32, device=device)
+    cache_dtype = TORCH_DTYPES[spec.cache_dtype]
+    has_reference = spec.score is not None and spec.score.normaliser == "reference"
+    ones = torch.ones(heads.num_kv_heads, device=device) if spec.is_float8 else None
+    return AttentionProblem(
+        q=randn(total_q, heads.num_q_heads, heads.head_dim, dtype=TORCH_DTYPES[spec.dtype]),
+        k_cache=randn(*slots, heads.head_dim, dtype=cache_dtype),
+        v_cache=randn(*slots, heads.v_head_dim, dtype=cache_dtype),
+        page_table=torch.randperm(batch * pages, generator=generator, device=device).int().view(batch, pages),
+        kv_lens=integers([workload.kv_len] * batch),
+        cu_q=integers(range(0, total_q + 1, q_len)),
+        max_q=q_len,
+        max_kv=workload.kv_len,
+        sinks=randn(heads.num_q_heads, dtype=torch.float32) if heads.sinks else None,
+        indices=indices,
+        counts=counts,
+        tail_start=integers([tail] * batch),
+        mode=integers([request % 2 for request in range(batch)]) if spec.op == "mixed_attention" else None,
+        # About what a row's log-sum-exp is: so many keys, logits of variance 1.
+        lse_ref=torch.full((total_q, heads.num_q_heads), math.log(workload.kv_len) + 0.5, device=device)
+        if has_reference
+        else None,
+        k_scale=ones,
+        v_scale=ones,
+    )
+
+
+def _ascending(batch: int, rows: int, count: int, keys: int, generator: torch.Generator) -> torch.Tensor:
+    """Random selections of `count` out of `keys` [batch, rows, max(1, count)] int32, ascending."""
+    device = generator.device
+    if not count:
+        return torch.full((batch, rows, 1), -1, dtype=torch.int32, device=device)
+    drawn = torch.rand(batch, rows, keys, generator=generator, device=device)
+    return drawn.topk(count, dim=-1).indices.sort(dim=-1).values.int()
 
 
 def random_scores(batch: int, score_rows: int, prefix_lens: Sequence[int], columns: int, seed: int) -> torch.Tensor:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import msgspec
-
-from specattn_codegen import paths
+from specattn_codegen import json_lines, paths
 from specattn_codegen.arch import Arch
-from specattn_codegen.digest import canonical_json
 from specattn_codegen.environment import Environment, Silicon
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Outcome, Status
@@ -87,29 +82,9 @@ def records_path(arch: Arch, heads: HeadConfig) -> Path:
 
 def read(path: Path) -> list[Record]:
     """Every whole line, oldest first. One cut short by a crash or a full disk, or of another version, is no record."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [found for line in lines if (found := _decode(line)) is not None]
-
-
-def _decode(line: bytes) -> Record | None:
-    try:
-        return msgspec.json.decode(line, type=Record)
-    except (ValueError, RecursionError, OverflowError):
-        return None
+    return json_lines.read(path, Record)
 
 
 def append(path: Path, record: Record) -> None:
-    """One write of one line, so that writers do not mix. A torn last line is closed first. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        line = (b"\n" if torn else b"") + canonical_json(record).encode() + b"\n"
-        if os.write(descriptor, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
+    """Raises OSError."""
+    json_lines.append(path, record)

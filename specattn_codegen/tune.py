@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specattn_codegen import pack
 from specattn_codegen.pack import Entry
+from specattn_codegen.search import Search
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_measured import tune_measured
 from specattn_codegen.tune_modelled import tune_modelled
@@ -34,5 +35,10 @@ def tune(tasks: Sequence[Task], target: Target, budget: Budget, listener: Listen
         if winners:
             pack.publish(out, target.arch, heads, winners)
 
-    strategy = tune_measured if target.is_present else tune_modelled
-    strategy(tasks, target, budget, logbook, listener, publish)
+    def search_for(task: Task) -> Search:
+        return Search(task.spec, target.arch, target.backend, seeds=(), trials=budget.trials, seed=budget.seed)
+
+    if target.is_present:
+        tune_measured(tasks, target, budget, logbook, listener, publish, search_for)
+    else:
+        tune_modelled(tasks, target, budget, logbook, listener, publish)

@@ -12,11 +12,11 @@ from specattn_codegen.measure import beats
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import Search
 from specattn_codegen.tune_session import (
     Budget,
     Listener,
     Logbook,
+    Proposer,
     Target,
     Task,
     TuningJob,
@@ -39,6 +39,7 @@ def tune_measured(
     logbook: Logbook,
     listener: Listener,
     publish: Callable[[Sequence[Entry]], None],
+    search_for: Callable[[Task], Proposer],
 ) -> None:
     """Publishes each task's winner as it is found. Ctrl-C publishes the best of the task it cuts short, and passes on.
 
@@ -53,7 +54,7 @@ def tune_measured(
             own = dataclasses.replace(budget, ends_at=budget.clock() + share) if math.isfinite(share) else budget
             timed: dict[Plan, Outcome] = {}
             try:
-                _explore(task, target, own, logbook, listener, pool, timed)
+                _explore(task, search_for(task), target, own, logbook, listener, pool, timed)
                 timed = _rematch(task, target, budget.seed, timed, pool) or timed
             finally:
                 winners = _winners(task, target, timed, logbook)
@@ -63,6 +64,7 @@ def tune_measured(
 
 def _explore(
     task: Task,
+    search: Proposer,
     target: Target,
     budget: Budget,
     logbook: Logbook,
@@ -73,7 +75,6 @@ def _explore(
     """Fills `timed` with every plan that is right, the default first."""
     (workload,) = task.workloads
     default = space.default_plan(task.spec, target.arch, target.backend)
-    search = Search(task.spec, target.arch, target.backend, seeds=(), trials=budget.trials, seed=budget.seed)
     listener.task_started(task, search.left)
     while plans := search.ask(1):
         trials = [

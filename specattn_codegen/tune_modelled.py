@@ -13,6 +13,7 @@ from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
 from specattn_codegen.search import Search
+from specattn_codegen.shortlist import ranked
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_session import (
     Budget,
@@ -114,12 +115,7 @@ def _compile(
 
 def promising(task: Task, target: Target) -> list[Plan]:
     """The plan the model likes best for each workload before anything is compiled."""
-    feasible = list(space.feasible(task.spec, target.arch, target.backend))
-    guessed = {plan: cost_model.guess_resources(task.spec, plan, target.arch) for plan in feasible}
-    best = (
-        min(guessed, key=lambda plan: _predicted_us(task.spec, workload, plan, target, guessed[plan]))
-        for workload in task.workloads
-    )
+    best = (ranked(task.spec, workload, target.arch, target.backend)[0] for workload in task.workloads)
     return list(dict.fromkeys(best))
 
 

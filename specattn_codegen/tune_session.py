@@ -66,6 +66,23 @@ class Budget:
         return self.seconds_left <= 0
 
 
+class Proposer(Protocol):
+    """What to try next; proposes each plan at most once."""
+
+    @property
+    def left(self) -> int:
+        """Plans that may still be proposed."""
+        ...
+
+    def ask(self, count: int) -> list[Plan]:
+        """Up to `count` plans to try next; none when there is nothing left to try."""
+        ...
+
+    def tell(self, plan: Plan, value: float | None) -> None:
+        """What trying a plan gave, smaller being better; None for one that failed."""
+        ...
+
+
 class Listener(Protocol):
     """Told what happens, for people to watch; decides nothing."""
 

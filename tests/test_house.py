@@ -15,7 +15,7 @@ BENCH = Path(specattn_bench.__file__).parent
 CODEGEN = Path(specattn_codegen.__file__).parent
 RUNTIME = Path(specattn_runtime.__file__).parent
 TUNER = {
-    *("tune", "tune_session", "tune_measured", "tune_modelled", "search", "jobs", "worker"),
+    *("tune", "tune_session", "tune_measured", "tune_modelled", "search", "shortlist", "jobs", "worker"),
     *("measure", "prove", "record", "cost_model", "cli"),
 }
 

@@ -7,15 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import cpu_info, measure, reference
+from specattn_codegen import build, cpu_info, measure, reference, space
+from specattn_codegen.calls import problem_call
+from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.measure import Launch
 from specattn_codegen.outcome import Timing
-from specattn_codegen.problems import workload_problem
-from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.problems import timing_problem, workload_problem
+from specattn_codegen.render import render
+from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 HEADS = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=16)
 VERIFY = KernelSpec(op="verify_attention", heads=HEADS)
+CPU = cpu_info.detect(measure=False)
 
 
 class Machine:
@@ -126,3 +130,28 @@ def test_copies_fill_the_last_level_cache_and_fit_the_memory() -> None:
     assert (count - 1) * size >= measure.CACHES_FILLED * arch.l2_bytes
     assert measure.copies(200 << 20, arch) == 1  # a second copy would take over a quarter of the memory
     assert measure.copies(1, arch) == measure.MOST_COPIES
+
+
+TIMED = (
+    VERIFY,
+    KernelSpec(op="verify_attention", heads=HEADS, score=ScoreSpec(normaliser="reference")),
+    KernelSpec(op="sparse_attention", heads=HEADS, selection="kv_head"),
+    KernelSpec(op="mixed_attention", heads=HEADS, selection="layer"),
+    KernelSpec(op="verify_attention", heads=dataclasses.replace(HEADS, sinks=True), kv_dtype="float8_e4m3"),
+)
+
+
+@pytest.mark.parametrize("spec", TIMED, ids=lambda spec: spec.name)
+def test_what_is_timed_is_a_problem_like_any_other(spec: KernelSpec) -> None:
+    workload = Workload(batch=2, q_len=3, kv_len=53, budget=9 if spec.selection else 0)
+    problem = timing_problem(spec, workload, page_size=16, seed=3, device="cpu")
+    call = problem_call(spec, problem)
+    kernel = build.load(render(spec, space.default_plan(spec, CPU, "cpu"), CPU.target))
+    kernel.launch(call, torch.empty(kernel.workspace_bytes(call), dtype=torch.uint8))
+    verdict = check_attention(spec, problem, call.out, call.lse, call.scores)
+    assert verdict.passed, verdict.detail
+    assert sorted(problem.page_table.flatten().tolist()) == list(range(8))
+    if problem.indices is not None and problem.counts is not None:
+        assert (problem.counts == 9).all()
+        assert (problem.indices.diff(dim=-1) > 0).all()
+        assert int(problem.indices.max()) < int(problem.tail_start[0]) == 50
