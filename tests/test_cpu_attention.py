@@ -157,6 +157,9 @@ def test_every_instruction_set_this_processor_runs(target: str, dtype: Dtype) ->
 PLANS: list[dict[str, Setting]] = [
     {"product": "fma", "key_tile": 16, "split_keys": 256, "prefetch": "none", "score_dump": "float32"},
     {"product": "fma", "key_tile": 128, "split_keys": 4096, "heads_per_task": "one", "score_dump": "float16"},
+    {"product": "fma", "key_tile": 48, "split_keys": 384, "prefetch": "next_tile_l1", "score_dump": "float32"},
+    {"product": "fma", "key_tile": 256, "split_keys": 1536, "prefetch": "next_tile_l1", "score_dump": "float16"},
+    {"product": "bf16", "key_tile": 192, "split_keys": 768, "prefetch": "next_tile_l1", "score_dump": "bfloat16"},
     {"product": "bf16", "key_tile": 32, "split_keys": 512, "heads_per_task": "one", "score_dump": "bfloat16"},
     {"product": "bf16", "key_tile": 64, "split_keys": 4096, "prefetch": "none", "score_dump": "bfloat16"},
     {"product": "amx", "key_tile": 32, "split_keys": 512, "heads_per_task": "one", "score_dump": "bfloat16"},

@@ -46,7 +46,7 @@ def test_every_rule_says_why() -> None:
     plan = space.default_plan(spec, here, "cpu")
     broken = {
         "needs amx-bf16": plan.replace(product="amx", score_dump="bfloat16"),
-        "not one of": plan.replace(key_tile=48),
+        "not one of": plan.replace(key_tile=40),
         "others in bfloat16": plan.replace(score_dump="bfloat16"),
         "this space has": Plan.of("cpu", key_tile=32),
         "does not run on cpu": Plan.of("triton", block_n=32),

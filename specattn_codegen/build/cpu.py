@@ -113,7 +113,7 @@ class _AttentionArguments(ctypes.Structure):
     )
     _SIZES = (
         *("batch", "num_pages", "page_size", "max_q", "max_kv", "selected_width", "block", "slot_bytes"),
-        "threads",
+        *("split_keys", "threads"),
     )
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -150,7 +150,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
+def _attention_arguments(call: AttentionCall, split_keys: int) -> _AttentionArguments:
     q, k, v, out = call.q.stride(), call.k_cache.stride(), call.v_cache.stride(), call.out.stride()
     scores = (0, 0) if call.scores is None else call.scores.stride()[:2]
     index = (0, 0) if call.indices is None else call.indices.stride()[:2]
@@ -163,7 +163,9 @@ def _attention_arguments(call: AttentionCall) -> _AttentionArguments:
         *(0 if scale is None else scale.stride(0) for scale in (call.k_scale, call.v_scale)),
         *(call.batch, *call.k_cache.shape[:2], call.max_q, call.max_kv),
         *(0 if call.indices is None else call.indices.shape[2], call.block),
-        *(0 if call.slots is None else call.slots.element_size(), torch.get_num_threads()),
+        0 if call.slots is None else call.slots.element_size(),
+        split_keys,
+        torch.get_num_threads(),
     )
 
 
@@ -197,10 +199,10 @@ class CpuKernel:
     library: ctypes.CDLL
 
     def workspace_bytes(self, call: Call) -> int:
-        return self.library.workspace_bytes(ctypes.byref(_arguments(call)))
+        return self.library.workspace_bytes(ctypes.byref(_arguments(call, self.plan)))
 
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
-        arguments = _arguments(call)
+        arguments = _arguments(call, self.plan)
         arguments.workspace = workspace.data_ptr()
         if not self.library.run(ctypes.byref(arguments)):
             return
@@ -215,8 +217,11 @@ class CpuKernel:
         )
 
 
-def _arguments(call: Call) -> _AttentionArguments | _SelectArguments:
-    return _select_arguments(call) if isinstance(call, SelectCall) else _attention_arguments(call)
+def _arguments(call: Call, plan: Plan) -> _AttentionArguments | _SelectArguments:
+    """The length of a split is an argument rather than a constant, so that plans which differ by it share a binary."""
+    if isinstance(call, SelectCall):
+        return _select_arguments(call)
+    return _attention_arguments(call, plan.integer("split_keys"))
 
 
 def load(source: Source) -> CpuKernel:

@@ -14,14 +14,21 @@ FEW_CORES = 8  # whose tasks may take every head of a layer, which reads memory 
 
 
 def axes(spec: KernelSpec) -> tuple[Axis, ...]:
+    """The tile engine, its tile, and how the keys of a request are dealt to tasks.
+
+    split_keys  keys of a task, an argument of the binary, which plans that differ by it share
+    prefetch    next_tile: a tile's rows are fetched into the second-level cache while the one before is worked on;
+                next_tile_l1: into the first
+    score_dump  what the scored rows' weights are kept in
+    """
     if spec.op == "select_kv":
         return (Axis("sampled", (512, 1024, 2048, 4096)),)
     attention = (
         Axis("product", ("fma", "bf16", "amx") if _has_bfloat16_products(spec) else ("fma",)),
-        Axis("key_tile", (16, 32, 64, 128)),
-        Axis("split_keys", (256, 512, 1024, 2048, 4096)),
+        Axis("key_tile", (16, 32, 48, 64, 96, 128, 192, 256)),
+        Axis("split_keys", (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)),
         Axis("heads_per_task", ("one",) if _has_a_selection_per_head(spec) else ("one", "all")),
-        Axis("prefetch", ("none", "next_tile")),
+        Axis("prefetch", ("none", "next_tile", "next_tile_l1")),
     )
     if not keeps_weights(spec):
         return attention
@@ -77,7 +84,7 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     product = str(plan["product"])
     if arch.target not in PRODUCT_TARGETS.get(product, (arch.target,)):
         return f"product={product} needs {' or '.join(PRODUCT_TARGETS[product])}; this processor is {arch.target}"
-    if product != "fma" and plan.integer("key_tile") < 32:
+    if product != "fma" and plan.integer("key_tile") % 32:
         return f"key_tile={plan['key_tile']}: product={product} takes 32 keys at a time"
     if plan.integer("key_tile") < LANES[arch.target]:
         return f"key_tile={plan['key_tile']} is narrower than the {LANES[arch.target]} lanes of {arch.target}"

@@ -2,7 +2,7 @@
 // that also emits one score per KV head and prefix key, the mean softmax weight
 // over all rows and the head group.
 //
-// A task is one KV head (or all of them) over SPLIT_KEYS keys. Splits have a fixed length, so a row's result does not
+// A task is one KV head (or all of them) over split_keys keys. Splits have a fixed length, so a row's result does not
 // depend on the other requests of its batch nor on the number of threads.
     #include <math.h>
 #include <omp.h>
@@ -31,7 +31,6 @@ typedef float Cached;  // of the KV cache
 
 // ---- the plan ----
 constexpr int KEY_TILE = 32;
-constexpr int SPLIT_KEYS = 1024;
 constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
 typedef float Dumped;
 
@@ -111,7 +110,7 @@ struct Arguments {
     int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row, out_head;  // strides, in elements
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
     int32_t batch, num_pages, page_size, max_q, max_kv, selected_width;
-    int32_t block, slot_bytes, threads;  // block: keys per index
+    int32_t block, slot_bytes, split_keys, threads;  // block: keys per index; split_keys: a multiple of KEY_TILE
 };
 
 // Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
@@ -444,7 +443,7 @@ static Workspace plan_workspace(const Arguments& a) {
     const int64_t blocks = (int64_t)a.batch * NUM_KV_HEADS;
     const int64_t longest = a.max_kv;
     const int64_t unit_rows = padded((int64_t)a.max_q * GROUP);
-    const int64_t rows = blocks * divide_up(longest + KEY_TILE, SPLIT_KEYS) * unit_rows;
+    const int64_t rows = blocks * divide_up(longest + KEY_TILE, a.split_keys) * unit_rows;
     w.split_offset = (int32_t*)take((blocks + 1) * 4);
     w.unit_offset = (int32_t*)take((blocks + 1) * 4);
     w.partial_max = (float*)take(rows * 4);
@@ -616,7 +615,7 @@ extern "C" int run(const Arguments* arguments) {
         const Request r = request_of(a, request);
         const int task_heads = heads_per_task(r), first_head = index * task_heads;
         const int keys = first_head < NUM_KV_HEADS ? keys_of(a, r, request, first_head) : 0;
-        const int splits = (int)divide_up(keys, SPLIT_KEYS);
+        const int splits = (int)divide_up(keys, a.split_keys);
         w.split_offset[block + 1] = w.split_offset[block] + splits;
         w.unit_offset[block + 1] = w.unit_offset[block] + splits * task_heads;
         keys_in_all += (int64_t)keys * task_heads;
@@ -639,9 +638,9 @@ extern "C" int run(const Arguments* arguments) {
             const int request = block / NUM_KV_HEADS, index = split - w.split_offset[block];
             const Request r = request_of(a, request);
             const int task_heads = heads_per_task(r), first_head = block % NUM_KV_HEADS * task_heads;
-            const int begin = index * SPLIT_KEYS, keys = keys_of(a, r, request, first_head);
+            const int begin = index * a.split_keys, keys = keys_of(a, r, request, first_head);
             const int unit = w.unit_offset[block] + index * task_heads;
-            const Task task = {request, first_head, unit, begin, smaller(keys, begin + SPLIT_KEYS)};
+            const Task task = {request, first_head, unit, begin, smaller(keys, begin + a.split_keys)};
             attend_split(a, w, task, scratch);
         }
 #pragma omp for schedule(static)
