@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from specattn_codegen.spec import Op, Workload
@@ -20,6 +21,7 @@ SIZES: dict[Op, tuple[str, ...]] = {
 FARTHEST = 4.0
 
 
+@functools.lru_cache(maxsize=4096)  # asked four times a launch
 def bucket(size: int) -> int:
     """The power of two nearest to a size on a logarithmic scale; sizes below one count as one."""
     return 1 << round(math.log2(max(size, 1)))

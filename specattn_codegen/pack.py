@@ -1,14 +1,14 @@
-"""Packs: the winners of one HeadConfig on one processor, as JSON. Reads, merges, writes and looks up; never tunes."""
+"""Packs: the winners of one HeadConfig on one processor, as JSON. Reads, merges and writes them; never tunes."""
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,24 +16,24 @@ from typing import Literal
 import filelock
 import msgspec
 
-from specattn_codegen import buckets, paths, space
+from specattn_codegen import buckets, pack_file, paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.digest import digest, to_plain
+from specattn_codegen.digest import canonical_json, digest, to_plain
 from specattn_codegen.environment import Environment, Silicon, silicon
 from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.pack_file import LICENCE, Plain
 from specattn_codegen.plan import Plan
+from specattn_codegen.silicon import same
 from specattn_codegen.spec import KernelSpec, Workload
 
-SCHEMA_VERSION = 1
 LARGEST_SIZE = 2**40  # of a workload; far above any real one, and safe in floating point
+PATH_PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")  # what a pack may call its processor, as that names a folder
+DERIVED = ("schema_version", "digest", "coverage", "provenance")  # written for people and other tools, never read
 
 ChosenBy = Literal["measured", "modelled"]
 ProvedBy = Literal["device", "interpreter", "interpreter-float16-twin"]
-Rung = Literal["exact", "nearest"]
-
-logger = logging.getLogger("specattn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class Entry:
     share_of_ceiling  the roofline's time over latency_us
     resources         of the binary; empty on the CPU
     source_digest     of the rendered text that was compiled
+    space_digest      of the axes it was found in; empty where nobody noted it
+    unknown           JSON of the fields that only a later version knows, kept for it; empty for none
     """
 
     spec: KernelSpec
@@ -60,6 +62,8 @@ class Entry:
     resources: tuple[Resources, ...]
     source_digest: str
     environment: Environment
+    space_digest: str = ""
+    unknown: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.latency_us) and self.latency_us > 0):
@@ -69,26 +73,52 @@ class Entry:
         if (self.chosen_by == "measured") != (self.proved_by == "device"):
             raise PackError(f"chosen_by={self.chosen_by}, proved_by={self.proved_by}: measured goes with device")
 
+    @property
+    def is_understood(self) -> bool:
+        """Whether what is computed, at which sizes and how has no field that this version does not know."""
+        return not self.unknown or json.loads(self.unknown).keys().isdisjoint(("spec", "workload", "plan"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    schema_version: int
+    """licence is an SPDX expression; unknown is that of Entry."""
+
     arch: Silicon
     heads: HeadConfig
     entries: tuple[Entry, ...]
+    licence: str = LICENCE
+    unknown: str = ""
 
     def __post_init__(self) -> None:
+        if not PATH_PART.fullmatch(self.arch.name):
+            raise PackError(f"arch.name={self.arch.name!r}: must be lower-case letters, digits, dots and dashes")
         if any(entry.spec.heads != self.heads for entry in self.entries):
             raise PackError(f"an entry is for other heads than {self.heads.name}")
 
+    @property
+    def is_understood(self) -> bool:
+        """Whether its processor and heads have no field that this version does not know."""
+        return not self.unknown or json.loads(self.unknown).keys().isdisjoint(("arch", "heads"))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a lookup found and on which rung: the call's own size bucket, or the nearest within reach."""
+    @property
+    def coverage(self) -> dict[str, list[str]]:
+        """Sizes by kernel."""
+        names: dict[str, list[str]] = {}
+        for entry in self.entries:
+            names.setdefault(entry.spec.name, []).append(entry.workload.name)
+        return names
 
-    plan: Plan
-    rung: Rung
-    entry: Entry
+    @property
+    def provenance(self) -> dict[str, dict[str, int]]:
+        """How many entries come from where: labels, proofs, compilers, devices and versions of this project."""
+        facts = {
+            "chosen_by": [entry.chosen_by for entry in self.entries],
+            "proved_by": [entry.proved_by for entry in self.entries],
+            "compiler": [entry.environment.compiler for entry in self.entries],
+            "device": [entry.environment.device or "none" for entry in self.entries],
+            "specattn_codegen": [entry.environment.specattn_codegen for entry in self.entries],
+        }
+        return {name: dict(sorted(Counter(values).items())) for name, values in facts.items()}
 
 
 def pack_path(root: Path, arch: Arch, heads: HeadConfig) -> Path:
@@ -97,32 +127,38 @@ def pack_path(root: Path, arch: Arch, heads: HeadConfig) -> Path:
 
 def load(path: Path) -> Pack:
     """Reads and checks a whole pack. Raises PackError in one line; OSError where the file cannot be read at all."""
+    raw = pack_file.read_plain(path)
     try:
-        raw = msgspec.json.decode(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path}: not a pack, {_one_line(error)}") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise PackError(
-            f"{path}: schema_version {str(version)[:20]} where this version reads {SCHEMA_VERSION}; "
-            "update specattn-codegen or tune again"
-        )
-    try:
-        return msgspec.convert(_settings_as_pairs(raw), Pack, strict=True)
+        found = msgspec.convert(_settings_as_pairs(raw), Pack, strict=True)
     except (ValueError, RecursionError, OverflowError, PackError) as error:
-        raise PackError(f"{path}: {_one_line(error)}") from error
+        raise PackError(f"{path}: {pack_file.one_line(error)}") from error
+    return _keep_unknown(raw, found)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _keep_unknown(raw: Plain, found: Pack) -> Pack:
+    """The pack and its entries with what this version did not understand of them."""
+    raw_entries = raw["entries"]
+    assert isinstance(raw_entries, list)
+    entries = tuple(
+        replace(entry, unknown=_unknown(before, _plain_entry(replace(entry, unknown=""))))
+        for before, entry in zip(raw_entries, found.entries, strict=True)
+    )
+    own = {name: value for name, value in raw.items() if name not in (*DERIVED, "entries")}
+    known = {"arch": to_plain(found.arch), "heads": to_plain(found.heads), "licence": found.licence}
+    return replace(found, entries=entries, unknown=_unknown(own, known))
 
 
-def _settings_as_pairs(raw: dict[str, object]) -> dict[str, object]:
+def _unknown(raw: object, known: object) -> str:
+    part = pack_file.unknown_part(raw, known)
+    return "" if part is None else canonical_json(part)
+
+
+def _settings_as_pairs(raw: Plain) -> Plain:
     """On disk a plan's settings are an object, which people read; in memory they are sorted pairs, which hash."""
     entries = raw.get("entries")
     if not isinstance(entries, list):
         return raw
-    return {**raw, "entries": [_entry_as_pairs(entry) for entry in entries]}
+    return {**raw, "unknown": "", "entries": [_entry_as_pairs(entry) for entry in entries]}
 
 
 def _entry_as_pairs(entry: object) -> object:
@@ -130,14 +166,31 @@ def _entry_as_pairs(entry: object) -> object:
     settings = plan.get("settings") if isinstance(plan, dict) else None
     if not (isinstance(entry, dict) and isinstance(plan, dict) and isinstance(settings, dict)):
         return entry
-    return {**entry, "plan": {**plan, "settings": sorted(settings.items())}}
+    return {**entry, "unknown": "", "plan": {**plan, "settings": sorted(settings.items())}}
 
 
 def encode(pack: Pack) -> str:
-    plain = json.loads(json.dumps(to_plain(pack), allow_nan=False))
-    for entry in plain["entries"]:
-        entry["plan"]["settings"] = dict(entry["plan"]["settings"])
-    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    """The file's text: equal packs give equal texts."""
+    plain = {
+        "schema_version": pack_file.SCHEMA_VERSION,
+        "licence": pack.licence,
+        "arch": to_plain(pack.arch),
+        "heads": to_plain(pack.heads),
+        "coverage": pack.coverage,
+        "provenance": pack.provenance,
+        "entries": [_plain_entry(entry) for entry in pack.entries],
+    }
+    whole = pack_file.with_unknown(plain, json.loads(pack.unknown or "{}"))
+    assert isinstance(whole, dict)
+    return pack_file.to_text(whole)
+
+
+def _plain_entry(entry: Entry) -> object:
+    plain = to_plain(entry)
+    assert isinstance(plain, dict)
+    unknown = plain.pop("unknown")
+    plain["plan"] = {"backend": entry.plan.backend, "settings": entry.plan.as_dict()}
+    return pack_file.with_unknown(plain, json.loads(unknown or "{}"))
 
 
 def structure(spec: KernelSpec) -> KernelSpec:
@@ -145,47 +198,65 @@ def structure(spec: KernelSpec) -> KernelSpec:
     return replace(spec, dtype="float32", page_size=0) if spec.op == "select_kv" else spec
 
 
-def _place(entry: Entry) -> tuple[KernelSpec, tuple[int, ...]]:
-    return structure(entry.spec), buckets.buckets(entry.spec.op, entry.workload)
+def place(entry: Entry) -> tuple[KernelSpec, tuple[int, ...], str]:
+    """What there is one entry for: a kernel and a size bucket. What is not understood replaces nothing."""
+    alien = "" if entry.is_understood else entry.unknown
+    return structure(entry.spec), buckets.buckets(entry.spec.op, entry.workload), alien
+
+
+def in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(
+        sorted(
+            entries,
+            key=lambda entry: (entry.spec.name, buckets.sizes(entry.spec.op, entry.workload), entry.unknown),
+        )
+    )
 
 
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> tuple[Entry, ...]:
     """One entry per kernel and size bucket, the newer one, but what was measured never gives way to a model."""
-    merged = {_place(entry): entry for entry in old}
+    merged = {place(entry): entry for entry in old}
     for entry in new:
-        known = merged.get(_place(entry))
+        known = merged.get(place(entry))
         if known is None or known.chosen_by == "modelled" or entry.chosen_by == "measured":
-            merged[_place(entry)] = entry
-    return tuple(
-        sorted(merged.values(), key=lambda entry: (entry.spec.name, buckets.sizes(entry.spec.op, entry.workload)))
-    )
+            merged[place(entry)] = entry
+    return in_order(merged.values())
 
 
-def existing(root: Path, arch: Arch, heads: HeadConfig) -> tuple[Entry, ...]:
-    """Entries already in a pack; none where there is no file. Raises PackError for one that must not be added to."""
+def existing(root: Path, arch: Arch, heads: HeadConfig) -> Pack:
+    """The pack that winners are added to, an empty one where there is no file. Raises PackError for another's."""
     path = pack_path(root, arch, heads)
     if not path.exists():
-        return ()
+        return Pack(arch=silicon(arch), heads=heads, entries=())
     pack = load(path)
-    if pack.arch != silicon(arch):
+    if not same(pack.arch, silicon(arch)):
         raise PackError(
             f"{path}: made for another processor ({pack.arch.target}, {pack.arch.num_sms} cores or "
             "multiprocessors); move it away or choose another --out"
         )
-    return pack.entries
+    return pack
 
 
 def publish(root: Path, arch: Arch, heads: HeadConfig, winners: Iterable[Entry]) -> Path:
     """Merges winners into the pack at `<root>/<arch>/<heads>.json`, all or nothing. Raises PackError and OSError."""
     path = pack_path(root, arch, heads)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        pack = existing(root, arch, heads)
+        write(path, replace(pack, entries=merge(pack.entries, winners)))
+    return path
+
+
+def locked(path: Path) -> filelock.FileLock:
+    """Held by whoever reads a pack in order to change it. Readers need none, as writing replaces a file whole."""
     locks = paths.cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(locks / f"{digest(str(path.resolve()))}.lock"):
-        entries = merge(existing(root, arch, heads), winners)
-        pack = Pack(schema_version=SCHEMA_VERSION, arch=silicon(arch), heads=heads, entries=entries)
-        _write_atomically(path, encode(pack))
-    return path
+    return filelock.FileLock(locks / f"{digest(str(path.resolve()))}.lock")
+
+
+def write(path: Path, pack: Pack) -> None:
+    """All or nothing; the folder is made where there is none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, encode(pack))
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -199,44 +270,3 @@ def _write_atomically(path: Path, text: str) -> None:
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s; its entries are passed over", message)
-
-
-def _believed(path: Path, spec: KernelSpec, arch: Arch) -> list[Entry]:
-    """Entries of one file for this kernel whose plans today's space still accepts; none from a file that is damaged."""
-    try:
-        pack = load(path)
-    except FileNotFoundError:
-        return []
-    except (PackError, OSError) as error:
-        _warn_once(_one_line(error))
-        return []
-    if pack.arch != silicon(arch):
-        return []
-    return [
-        entry
-        for entry in pack.entries
-        if structure(entry.spec) == structure(spec) and space.why_invalid(entry.plan, spec, arch) is None
-    ]
-
-
-def lookup(spec: KernelSpec, workload: Workload, arch: Arch, layers: Sequence[Path]) -> Found | None:
-    """The plan that serves a call: its own size bucket in the first layer that has it, else the nearest within reach.
-
-    Pure and deterministic for given files, and never raises: a damaged pack is a miss with one warning. None means
-    that the caller takes its safe default.
-    """
-    op = spec.op
-    candidates = [entry for root in layers for entry in _believed(pack_path(root, arch, spec.heads), spec, arch)]
-    for entry in candidates:
-        if buckets.buckets(op, entry.workload) == buckets.buckets(op, workload):
-            return Found(plan=entry.plan, rung="exact", entry=entry)
-    near = [entry for entry in candidates if buckets.distance(op, entry.workload, workload) <= buckets.FARTHEST]
-    if not near:
-        return None
-    nearest = min(near, key=lambda entry: buckets.distance(op, entry.workload, workload))
-    return Found(plan=nearest.plan, rung="nearest", entry=nearest)

@@ -1,7 +1,8 @@
 """Where things lie on disk. The only module that reads the project's environment variables.
 
 SPECATTN_CACHE_DIR   built kernels, records of tuning runs, machine measurements
-SPECATTN_CONFIG_DIR  a folder of tuned-config packs that is looked up before the user's and the shipped ones
+SPECATTN_CONFIG_DIR  a folder of tuned-config packs that is looked up before the user's, the site's and the shipped ones
+SPECATTN_FROZEN      1: a process reads each pack once and never sees a later change
 SPECATTN_LOG         level of the `specattn` logger (DEBUG, INFO, WARNING, ERROR)
 """
 
@@ -36,11 +37,29 @@ def user_packs_dir() -> Path:
     return Path(platformdirs.user_config_dir("specattn")) / "tuned_configs"
 
 
-def pack_layers() -> tuple[Path, ...]:
-    """Folders of packs, the first that has an entry wins: environment, user, shipped."""
+def site_packs_dir() -> Path:
+    """For all users of a machine, as its administrator fills it."""
+    return Path(platformdirs.site_config_dir("specattn")) / "tuned_configs"
+
+
+def named_layers(*explicit: Path) -> tuple[tuple[str, Path], ...]:
+    """Folders of packs by name, the first that has an entry wins."""
     chosen = os.environ.get("SPECATTN_CONFIG_DIR")
-    explicit = (Path(chosen).expanduser(),) if chosen else ()
-    return (*explicit, user_packs_dir(), shipped_packs_dir())
+    return (
+        *(("explicit", folder) for folder in explicit),
+        *((("environment", Path(chosen).expanduser()),) if chosen else ()),
+        ("user", user_packs_dir()),
+        ("site", site_packs_dir()),
+        ("shipped", shipped_packs_dir()),
+    )
+
+
+def pack_layers(*explicit: Path) -> tuple[Path, ...]:
+    return tuple(folder for _, folder in named_layers(*explicit))
+
+
+def is_frozen() -> bool:
+    return os.environ.get("SPECATTN_FROZEN", "") not in ("", "0")
 
 
 def log_level() -> str:

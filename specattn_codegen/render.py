@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from specattn_codegen import paths
+from specattn_codegen.digest import digest
 from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec
 
@@ -50,6 +51,13 @@ def _environment(folder: Path) -> jinja2.Environment:
     )
     environment.filters["c_float"] = c_float
     return environment
+
+
+@functools.cache
+def templates_digest() -> str:
+    """Of every template there is, by name."""
+    folder = paths.templates_dir()
+    return digest([(str(file.relative_to(folder)), file.read_text()) for file in sorted(folder.rglob("*.jinja"))])
 
 
 def c_float(value: float) -> str:

@@ -12,6 +12,7 @@ from specattn_codegen.measure import beats
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
+from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_session import (
     Budget,
     Listener,
@@ -142,6 +143,7 @@ def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook:
             share_of_ceiling=floor_us(task.spec, workload, target.arch) / timing.median_us,
             resources=timed[plan].resources,
             source_digest=logbook.source_digest(task.spec, plan),
+            space_digest=space_digest(task.spec, plan.backend),
             environment=logbook.environment,
         )
     ]

@@ -15,6 +15,7 @@ from specattn_codegen.record import Record
 from specattn_codegen.search import Search
 from specattn_codegen.shortlist import ranked
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_session import (
     Budget,
     Listener,
@@ -222,5 +223,6 @@ def _entry(
         share_of_ceiling=prediction.share_of_ceiling,
         resources=resources,
         source_digest=logbook.source_digest(spec, plan),
+        space_digest=space_digest(spec, plan.backend),
         environment=logbook.environment,
     )

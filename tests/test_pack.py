@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,52 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specattn_codegen import gpus, pack, space
+from pack_cases import ARCH, HEADS, LARGE, SCORED, SELECT, SMALL, VERIFY, entry, publish
+from specattn_codegen import ladder, pack, pack_file, paths, space
 from specattn_codegen.arch import Arch
-from specattn_codegen.build.resources import Resources
-from specattn_codegen.environment import current, silicon
+from specattn_codegen.environment import silicon
 from specattn_codegen.errors import PackError
-from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import ChosenBy, Entry
-from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
-
-ARCH = gpus.find("h100")
-HEADS = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)
-VERIFY = KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16)
-SCORED = dataclasses.replace(VERIFY, score=ScoreSpec())
-SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
-SMALL = Workload(batch=1, q_len=7, kv_len=4096)
-LARGE = Workload(batch=1, q_len=7, kv_len=131072)
-
-
-def entry(
-    spec: KernelSpec = VERIFY,
-    workload: Workload = SMALL,
-    chosen_by: ChosenBy = "modelled",
-    latency_us: float = 12.5,
-    **settings: int,
-) -> Entry:
-    return Entry(
-        spec=spec,
-        workload=workload,
-        plan=space.default_plan(spec, ARCH, "triton").replace(**settings),
-        chosen_by=chosen_by,
-        proved_by="device" if chosen_by == "measured" else "interpreter-float16-twin",
-        latency_us=latency_us,
-        noise_us=0.0,
-        share_of_ceiling=0.5,
-        resources=(
-            Resources(
-                kernel="attend_splits", registers=96, spill_bytes=0, smem_bytes=40960, num_warps=4, binary_bytes=9
-            ),
-        ),
-        source_digest="0123456789abcdef0123",
-        environment=current("triton", None),
-    )
-
-
-def publish(root: Path, *entries: Entry) -> Path:
-    return pack.publish(root, ARCH, HEADS, entries)
+from specattn_codegen.pack import ChosenBy, Pack
+from specattn_codegen.spec import Workload
 
 
 def test_what_is_published_is_loaded_and_reads_well(tmp_path: Path) -> None:
@@ -72,9 +34,16 @@ def test_what_is_published_is_loaded_and_reads_well(tmp_path: Path) -> None:
     assert set(loaded.entries) == set(entries)
     assert loaded.arch == silicon(ARCH)
     plain = json.loads(path.read_text())
-    assert plain["schema_version"] == pack.SCHEMA_VERSION
+    assert plain["schema_version"] == pack_file.SCHEMA_VERSION
     assert plain["heads"]["num_q_heads"] == 32
     assert [one["plan"]["settings"] for one in plain["entries"]] == [one.plan.as_dict() for one in loaded.entries]
+    assert plain["licence"] == "Apache-2.0"
+    assert plain["coverage"] == {
+        "select_kv-kv_head": ["b1-q7-n4096"],
+        "verify_attention-all-kv_head-bfloat16-p16": ["b1-q7-n131072"],
+        "verify_attention-bfloat16-p16": ["b1-q7-n4096"],
+    }
+    assert plain["provenance"]["proved_by"] == {"interpreter-float16-twin": 3}
     assert path.read_text() == json.dumps(plain, indent=2, sort_keys=True) + "\n"
     assert pack.encode(loaded) == path.read_text()
 
@@ -123,67 +92,102 @@ def test_a_pack_of_another_processor_is_not_added_to(tmp_path: Path) -> None:
     publish(tmp_path, entry())
     other = dataclasses.replace(ARCH, num_sms=114)
     with pytest.raises(PackError, match="another processor"):
-        pack.publish(tmp_path, other, HEADS, [entry(SCORED)])
-    assert pack.lookup(VERIFY, SMALL, other, [tmp_path]) is None
+        publish(tmp_path, entry(SCORED), arch=other)
 
 
-# -- lookup ----------------------------------------------------------------------------------------------------------
+def test_a_product_that_goes_by_another_name_is_the_same_silicon(tmp_path: Path) -> None:
+    path = publish(tmp_path, entry())
+    renamed = dataclasses.replace(ARCH, name="h100-80gb-hbm3")
+    found = ladder.lookup(VERIFY, SMALL, renamed, [tmp_path])
+    assert found is not None
+    assert found.rung == "exact"
+    plain = json.loads(path.read_text())
+    plain["arch"]["name"] = "nvidia-h100"
+    path.write_text(pack_file.to_text(plain))
+    publish(tmp_path, entry(SCORED))
+    assert len(pack.load(path).entries) == 2
 
 
-def test_the_own_bucket_then_the_nearest_then_nothing(tmp_path: Path) -> None:
-    near, far = entry(block_n=32), entry(workload=LARGE, block_n=64)
-    publish(tmp_path, near, far)
-
-    def found(**sizes: int) -> tuple[str, Entry] | None:
-        hit = pack.lookup(VERIFY, dataclasses.replace(SMALL, **sizes), ARCH, [tmp_path])
-        return hit and (hit.rung, hit.entry)
-
-    assert found() == ("exact", near)
-    assert found(q_len=8, kv_len=4500) == ("exact", near)
-    assert found(kv_len=16384) == ("nearest", near)  # 2 octaves from 4096, 3 from 131072
-    assert found(kv_len=65536) == ("nearest", far)
-    assert found(batch=16) == ("nearest", near)
-    assert found(batch=64) is None
-    assert pack.lookup(SCORED, SMALL, ARCH, [tmp_path]) is None
-    assert pack.lookup(dataclasses.replace(VERIFY, dtype="float16"), SMALL, ARCH, [tmp_path]) is None
+# -- versions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_layer_that_has_the_bucket_wins(tmp_path: Path) -> None:
-    layers = [tmp_path / name for name in ("first", "second", "absent")]
-    publish(layers[0], entry(workload=LARGE, latency_us=1.0))
-    publish(layers[1], entry(latency_us=2.0), entry(workload=LARGE, latency_us=3.0))
-    small, large = (pack.lookup(VERIFY, workload, ARCH, layers) for workload in (SMALL, LARGE))
-    assert small is not None
-    assert (small.rung, small.entry.latency_us) == ("exact", 2.0)  # exact in a later layer before nearest in an earlier
-    assert large is not None
-    assert large.entry.latency_us == 1.0
+def first_schema() -> dict:
+    """What version 0.1.0 wrote."""
+    plain = json.loads(pack.encode(Pack(arch=silicon(ARCH), heads=HEADS, entries=(entry(),))))
+    for name in ("licence", "digest", "coverage", "provenance"):
+        del plain[name]
+    for one in plain["entries"]:
+        del one["space_digest"]
+    return plain | {"schema_version": 1}
 
 
-def test_selection_serves_every_cache_dtype_and_page_size(tmp_path: Path) -> None:
-    publish(tmp_path, entry(SELECT))
-    asked = dataclasses.replace(SELECT, dtype="bfloat16", page_size=16)
-    hit = pack.lookup(asked, SMALL, ARCH, [tmp_path])
-    assert hit is not None
-    assert hit.plan == space.default_plan(SELECT, ARCH, "triton")
+def test_the_first_schema_is_read_and_written_as_todays(tmp_path: Path) -> None:
+    path = pack.pack_path(tmp_path, ARCH, HEADS)
+    path.parent.mkdir()
+    path.write_text(json.dumps(first_schema(), indent=2, sort_keys=True) + "\n")
+    (old,) = pack.load(path).entries
+    assert old == dataclasses.replace(entry(), space_digest="")
+    publish(tmp_path, entry(SCORED))
+    plain = json.loads(path.read_text())
+    assert (plain["schema_version"], plain["licence"]) == (2, "Apache-2.0")
+    assert set(pack.load(path).entries) == {old, entry(SCORED)}
 
 
-@pytest.mark.parametrize("change", [{"block_n": 48}, {"block_n": "64"}, {"novel": 1}, {"block_m": 64, "num_warps": 2}])
-def test_a_plan_outside_todays_space_is_not_believed(tmp_path: Path, change: dict[str, object]) -> None:
+def test_shipped_packs_keep_their_meaning_when_they_are_written_again(tmp_path: Path) -> None:
+    for file in paths.shipped_packs_dir().rglob("*.json"):
+        loaded = pack.load(file)
+        pack.write(tmp_path / "again.json", loaded)
+        assert pack.load(tmp_path / "again.json") == loaded
+
+
+FUTURE_FIELDS = {
+    "pack": (lambda plain: plain.update(signature={"by": ["someone"]}), True),
+    "entry": (lambda plain: plain["entries"][0].update(energy_mj=4.5), True),
+    "environment": (lambda plain: plain["entries"][0]["environment"].update(driver="570"), True),
+    "resources": (lambda plain: plain["entries"][0]["resources"][0].update(barriers=3), True),
+    "spec": (lambda plain: plain["entries"][0]["spec"].update(tree_mask=True), False),
+    "score": (lambda plain: plain["entries"][0]["spec"]["heads"].update(alibi=True), False),
+    "workload": (lambda plain: plain["entries"][0]["workload"].update(draft_len=6), False),
+    "heads": (lambda plain: plain["heads"].update(alibi=True), False),
+    "a name of ours": (lambda plain: plain["entries"][0].update(unknown="what a later version keeps here"), True),
+}
+
+
+@pytest.mark.parametrize("name", FUTURE_FIELDS)
+def test_fields_of_a_later_version_survive_and_change_no_meaning(tmp_path: Path, name: str) -> None:
+    """A field that may change what is computed keeps its entry from being used, never from being kept."""
+    change, is_usable = FUTURE_FIELDS[name]
     path = publish(tmp_path, entry())
     plain = json.loads(path.read_text())
-    plain["entries"][0]["plan"]["settings"].update(change)
-    path.write_text(json.dumps(plain))
-    pack.load(path)
-    assert pack.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
+    change(plain)
+    path.write_text(pack_file.to_text(plain))
+    found = ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path])
+    assert (found is not None) == is_usable
+    publish(tmp_path, entry(SELECT))
+    again = json.loads(path.read_text())
+    for derived in ("coverage", "digest", "provenance"):
+        del plain[derived], again[derived]
+    kept = [one for one in again.pop("entries") if one["spec"]["op"] == "verify_attention"]
+    assert kept == plain.pop("entries")
+    assert again == plain
+
+
+def test_an_entry_of_a_later_version_is_not_replaced_by_what_only_looks_alike(tmp_path: Path) -> None:
+    path = publish(tmp_path, entry())
+    plain = json.loads(path.read_text())
+    plain["entries"][0]["spec"]["tree_mask"] = True
+    path.write_text(pack_file.to_text(plain))
+    publish(tmp_path, entry(latency_us=3.0))
+    assert [one.is_understood for one in pack.load(path).entries] == [True, False]
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
 def spoiled(change: Callable[[dict], object]) -> bytes:
-    plain = json.loads(pack.encode(pack.Pack(schema_version=1, arch=silicon(ARCH), heads=HEADS, entries=(entry(),))))
+    plain = json.loads(pack.encode(Pack(arch=silicon(ARCH), heads=HEADS, entries=(entry(),))))
     change(plain)
-    return json.dumps(plain).encode()
+    return pack_file.to_text(plain).encode()
 
 
 GOOD = spoiled(len)
@@ -193,8 +197,15 @@ DAMAGED = {
     "not text": b"\xff\xfe" + GOOD,
     "not an object": b"[]",
     "deep": b"[" * 100_000,
+    "deeper than any pack": spoiled(lambda plain: plain.update(more=json.loads("[" * 40 + "]" * 40))),
+    "edited by hand": GOOD.replace(b"12.5", b"2.5"),
+    "no digest": re.sub(rb'"digest": "[0-9a-f]*",', b"", GOOD),
+    "a path for a name": spoiled(lambda plain: plain["arch"].update(name="../../etc")),
+    "control characters": spoiled(lambda plain: plain["entries"][0]["environment"].update(device="\x1b[2J")),
+    "endless text": spoiled(lambda plain: plain["arch"].update(vendor_note="x" * 5000)),
+    "version of no version": spoiled(lambda plain: plain.update(schema_version=-1)),
     "deep inside": GOOD[:-1] + b', "more": ' + b'{"a":' * 100_000,
-    "future": spoiled(lambda plain: plain.update(schema_version=2)),
+    "future": spoiled(lambda plain: plain.update(schema_version=3)),
     "boolean version": spoiled(lambda plain: plain.update(schema_version=True)),
     "no version": spoiled(lambda plain: plain.pop("schema_version")),
     "entries not a list": spoiled(lambda plain: plain.update(entries={})),
@@ -227,24 +238,37 @@ def test_damage_is_one_line_and_a_miss_with_one_warning(
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING, logger="specattn"):
-        assert pack.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
-        assert pack.lookup(SCORED, LARGE, ARCH, [tmp_path]) is None
+        assert ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
+        assert ladder.lookup(SCORED, LARGE, ARCH, [tmp_path]) is None
     assert len(caplog.records) == 1
     with pytest.raises(PackError):
         publish(tmp_path, entry())
     assert path.read_bytes() == text
 
 
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    path = pack.pack_path(tmp_path, ARCH, HEADS)
+    path.parent.mkdir()
+    os.mkfifo(path)
+    assert ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(pack_file.LARGEST_FILE + 1)
+    with pytest.raises(PackError, match="at most"):
+        pack.load(path)
+
+
 def test_a_folder_where_a_pack_should_be_is_a_miss(tmp_path: Path) -> None:
     pack.pack_path(tmp_path, ARCH, HEADS).mkdir(parents=True)
-    assert pack.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
+    assert ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
 
 
 def never_raises(path: Path, text: bytes, arch: Arch = ARCH) -> None:
     path.write_bytes(text)
     with contextlib.suppress(PackError):
         pack.load(path)
-    found = pack.lookup(VERIFY, SMALL, arch, [path.parent.parent])
+    found = ladder.lookup(VERIFY, SMALL, arch, [path.parent.parent])
     assert found is None or space.why_invalid(found.plan, VERIFY, arch) is None
 
 
@@ -262,7 +286,7 @@ def test_no_change_of_bytes_crashes_a_reader(victim: Path, start: int, length: i
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
     max_leaves=6,
 )
@@ -285,4 +309,4 @@ def test_no_value_in_any_place_crashes_a_reader(victim: Path, place: tuple[str |
     for key in place[:-1]:
         parent = parent[key]
     parent[place[-1]] = value
-    never_raises(victim, json.dumps(plain).encode())
+    never_raises(victim, pack_file.to_text(plain).encode())

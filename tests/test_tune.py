@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import cpu_info, environment, gpus, pack, record, space, tune_modelled
+from specattn_codegen import cpu_info, environment, gpus, ladder, pack, record, space, tune_modelled
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
@@ -76,7 +76,7 @@ def test_the_cpu_is_measured_and_a_second_run_repeats_no_trial(own_cache: Path) 
     for entry in saved:
         assert (entry.chosen_by, entry.proved_by) == ("measured", "device")
         assert entry.share_of_ceiling == pytest.approx(floor_us(entry.spec, entry.workload, arch) / entry.latency_us)
-        found = pack.lookup(entry.spec, entry.workload, arch, [own_cache / "packs"])
+        found = ladder.lookup(entry.spec, entry.workload, arch, [own_cache / "packs"])
         assert found is not None
         assert found.plan == entry.plan
     recorded = record.read(record.records_path(arch, HEADS))

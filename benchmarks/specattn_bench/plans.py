@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from specattn_codegen import pack, paths, space
+from specattn_codegen import ladder, paths, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.errors import SpecError
@@ -19,7 +19,7 @@ Overrides = Mapping[str, Setting]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """A plan and how it was found: exact or nearest in a pack, default, and `overridden` on top of either.
+    """A plan and how it was found: the rung of its ladder, and `overridden` on top of any.
 
     resources  of its binary where the pack entry has them; empty otherwise
     """
@@ -54,14 +54,15 @@ def require_known(overrides: Overrides, specs: Sequence[KernelSpec], arch: Arch)
 
 
 def choose(spec: KernelSpec, workload: Workload, arch: Arch, source: PlanSource, overrides: Overrides) -> Chosen:
-    """As dispatch chooses: a pack's entry for this size or the nearest, else the default plan; then the overrides.
+    """As dispatch chooses, or the default plan; then the overrides.
 
     Raises NotServedError where the backend has no plan for `spec` at all, SpecError where the overrides make a bad one.
     """
     _require_served(spec, arch)
-    found = pack.lookup(spec, workload, arch, paths.pack_layers()) if source == "tuned" else None
-    if found is not None:
-        chosen = Chosen(plan=found.plan, found=found.rung, resources=found.entry.resources)
+    if source == "tuned":
+        found = ladder.read(arch, spec.heads, paths.pack_layers()).find(spec, workload)
+        resources = found.candidate.entry.resources if found.candidate else ()
+        chosen = Chosen(plan=found.plan, found=found.rung, resources=resources)
     else:
         plan = space.default_plan(spec, arch, space.backends_for(arch)[0])
         chosen = Chosen(plan=plan, found="default", resources=())

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from specattn_codegen import build, cpu_info, gpu_detect, paths, space
+from specattn_codegen import build, cpu_info, gpu_detect, ladder, paths, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.buckets import bucket
 from specattn_codegen.calls import AttentionInputs, attention_call, select_call
+from specattn_codegen.digest import digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.pack import lookup
-from specattn_codegen.plan import Plan
+from specattn_codegen.ladder import Candidate, Found, Ladder, Rung
 from specattn_codegen.policy import Policy
-from specattn_codegen.render import render
+from specattn_codegen.render import Source, render
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
+from specattn_codegen.staleness import grade_source
 
 logger = logging.getLogger("specattn")
 
@@ -32,13 +35,14 @@ FLOAT8_NAMES: dict[torch.dtype, KvDtype] = {
     torch.float8_e4m3fn: "float8_e4m3",
     torch.float8_e5m2: "float8_e5m2",
 }
-BATCH_INVARIANT_WORKLOAD = Workload(batch=1, q_len=1, kv_len=4096, budget=256)
+BATCH_INVARIANT_SIZES = (1, 1, 4096, 256)  # batch, q_len, kv_len, budget
 
 
 class Kernels:
     """The operations of one HeadConfig on one device. They share scratch memory: one thread and stream at a time.
 
-    `rungs` tells, for every kernel in use, how its plan was found: exact, nearest or default.
+    `rungs` tells, for every kernel in use, how its plan was found: see specattn_codegen.ladder. `digest` is equal for
+    ranks of a cluster that give every call the same plan and kernel; compare it before they start.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Kernels:
         dtype: Dtype,
         kv_dtype: KvDtype | None,
         page_size: int,
+        packs: Ladder,
         *,
         strict: bool,
         batch_invariant: bool,
@@ -60,14 +65,15 @@ class Kernels:
         self.dtype: Dtype = dtype
         self.kv_dtype: KvDtype | None = kv_dtype
         self.page_size = page_size
-        self.rungs: dict[tuple[KernelSpec, Workload], str] = {}
+        self.packs = packs
+        self.rungs: dict[tuple[KernelSpec, Workload], Rung] = {}
         self._strict = strict
         self._batch_invariant = batch_invariant
         self._keep_scratch = keep_scratch
-        self._kernels: dict[tuple[KernelSpec, Workload], Kernel] = {}
+        self._kernels: dict[tuple[KernelSpec, tuple[int, int, int, int]], Kernel] = {}
         self._specs: dict[tuple[Op, ScoreSpec | None, ScoreHeads | None], KernelSpec] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def verify_attention(
         self,
@@ -295,46 +301,77 @@ class Kernels:
             )
         return self._specs[key]
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides plans and kernels here."""
+        return digest(self.packs.digest, self.dtype, self.kv_dtype, self.page_size, self._batch_invariant)
+
     def _kernel(self, spec: KernelSpec, batch: int, q_len: int, kv_len: int, budget: int) -> Kernel:
         """The kernel of a call's size bucket; one for every size where results must not depend on the batch."""
-        workload = BATCH_INVARIANT_WORKLOAD
-        if not self._batch_invariant:
+        if self._batch_invariant:
+            sizes = BATCH_INVARIANT_SIZES
+        else:
             rows = bucket(q_len)
-            workload = Workload(
-                batch=bucket(batch), q_len=rows, kv_len=max(rows, bucket(kv_len)), budget=budget and bucket(budget)
-            )
-        key = (spec, workload)
-        if key not in self._kernels:
-            self._kernels[key] = self._build(spec, workload)
-        return self._kernels[key]
+            sizes = (bucket(batch), rows, max(rows, bucket(kv_len)), budget and bucket(budget))
+        key = (spec, sizes)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            batch, q_len, kv_len, budget = sizes
+            kernel = self._build(spec, Workload(batch=batch, q_len=q_len, kv_len=kv_len, budget=budget))
+            self._kernels[key] = kernel
+        return kernel
 
     def _build(self, spec: KernelSpec, workload: Workload) -> Kernel:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SpecError(f"{spec.name} is not built yet and a CUDA graph is being captured; call prepare() first")
-        plan, rung = self._plan(spec, workload)
-        if self._batch_invariant:
-            plan = space.batch_invariant(plan)
-        logger.info("%s %s: %s plan (%s)", spec.name, workload.name, rung, plan)
-        self.rungs[spec, workload] = rung
-        return build.load(render(spec, plan, build.target_for(plan, self.arch)))
+        found = self._plan(spec, workload)
+        plan = space.batch_invariant(found.plan) if self._batch_invariant else found.plan
+        source = render(spec, plan, build.target_for(plan, self.arch))
+        logger.info("%s %s: %s plan (%s)", spec.name, workload.name, found.rung, plan)
+        self.rungs[spec, workload] = found.rung
+        if found.candidate and found.candidate.entry.spec == spec and plan == found.plan:
+            self._warn_if_stale(found.candidate, source)
+        return build.load(source)
 
-    def _plan(self, spec: KernelSpec, workload: Workload) -> tuple[Plan, str]:
+    def _plan(self, spec: KernelSpec, workload: Workload) -> Found:
         # A mixed batch takes the plan of its verifying requests, which read nearly all of its bytes.
         tuned = replace(spec, op="verify_attention", selection=None) if spec.op == "mixed_attention" else spec
-        found = lookup(tuned, workload, self.arch, paths.pack_layers())
-        if found is not None:
-            return found.plan, found.rung
-        tune = (
-            f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
-            f"--dtype {self.dtype} --page-size {self.page_size}"
-        ) + (f" --kv-dtype {self.kv_dtype}" if self.kv_dtype else "")
-        message = f"no tuned entry for {tuned.name} on {self.arch.name} ({self.heads.name}); to make one: {tune}"
+        found = self.packs.tuned(tuned, workload)
+        if found is not None and found.rung != "sibling":
+            return found
+        message = (
+            f"no tuned entry for {tuned.name} on {self.arch.name} ({self.heads.name}); "
+            f"to make one: {self._tune_command()}"
+        )
+        if found is not None and found.candidate is not None:
+            self._warn_once("sibling", f"{message}. Using one of a sibling: {found.candidate.path}")
+            return found
         if self._strict:
             raise SpecError(message)
-        if not self._warned:
-            logger.warning("%s. Using the safe default plan.", message)
-            self._warned = True
-        return space.default_plan(spec, self.arch, space.backends_for(self.arch)[0]), "default"
+        found = self.packs.find(spec, workload)
+        taken = "the cost model's choice, which nothing has timed" if found.rung == "model" else "the safe default plan"
+        self._warn_once("untuned", f"{message}. Using {taken}")
+        return found
+
+    def _warn_if_stale(self, candidate: Candidate, source: Source) -> None:
+        if grade_source(candidate.entry, source) == "stale":
+            self._warn_once(
+                "stale",
+                f"{candidate.path} was tuned before today's templates, space or compiler; its plans hold, its times "
+                f"may not; to renew it: {self._tune_command()}",
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            logger.warning("%s.", message)
+
+    def _tune_command(self) -> str:
+        command = (
+            f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
+            f"--dtype {self.dtype} --page-size {self.page_size}"
+        )
+        return command + (f" --kv-dtype {self.kv_dtype}" if self.kv_dtype else "")
 
     def _heads_argument(self) -> str:
         """Softcap, window, scale and sinks have no option of their own: they come with the model's configuration."""
@@ -376,6 +413,8 @@ def load_kernels(
     strict: bool = False,
     batch_invariant: bool = False,
     keep_scratch: bool = True,
+    packs: str | Path | Sequence[str | Path] = (),
+    frozen: bool = False,
 ) -> Kernels:
     """Kernels for one HeadConfig, from tuned packs where there are any, else on the safe default plan with a warning.
 
@@ -386,8 +425,11 @@ def load_kernels(
     strict           a missing pack entry raises SpecError instead of falling back to the default plan
     batch_invariant  a row's result does not depend on what else is in the batch, on the bounds or on the threads
     keep_scratch     keep scratch memory between calls; False allocates it anew, for several threads or streams
+    packs            folders of packs, or single packs, looked up before all others
+    frozen           a process that has read its packs does not see later changes; SPECATTN_FROZEN=1 says so for all
 
-    Never tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
+    Packs are read here; of explicit, environment, user, site and shipped ones the first that has an entry wins. Never
+    tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
     """
     if dtype not in DTYPE_NAMES:
         raise SpecError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPE_NAMES))}")
@@ -399,6 +441,12 @@ def load_kernels(
     if place.type not in ("cpu", "cuda"):
         raise SpecError(f"device={device!s}: must be cpu or cuda")
     arch = cpu_info.detect(measure=False) if place.type == "cpu" else gpu_detect.local()
+    explicit = (packs,) if isinstance(packs, (str, Path)) else packs
+    layers = paths.pack_layers(*map(Path, explicit))
+    for layer in layers[: len(explicit)]:
+        if not layer.exists():
+            raise SpecError(f"packs={str(layer)!r}: no such folder or file; `specattn-pack list` shows what there is")
+    read = ladder.read_once if frozen or paths.is_frozen() else ladder.read
     return Kernels(
         heads,
         arch,
@@ -406,6 +454,7 @@ def load_kernels(
         DTYPE_NAMES[dtype],
         None if kv_dtype is None else FLOAT8_NAMES.get(kv_dtype),
         page_size,
+        read(arch, heads, layers),
         strict=strict,
         batch_invariant=batch_invariant,
         keep_scratch=keep_scratch,

@@ -1,0 +1,202 @@
+"""Ladder: which plan serves a call, and on which rung it was found. Pure and deterministic once its packs are read.
+
+exact    an entry of this processor for the call's own size bucket, of the first layer that has one
+nearest  an entry of this processor for other sizes, at most buckets.FARTHEST octaves away
+sibling  an entry of another processor of the same instruction set, its size and the sizes together no farther away
+model    the cost model's choice, before anything is compiled; GPUs only
+default  the safe default plan
+
+A plan of any rung is one that today's space accepts for this very processor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from specattn_codegen import buckets, gpus, pack, pack_file, space
+from specattn_codegen.arch import Arch
+from specattn_codegen.cost_model.choice import first_choice
+from specattn_codegen.digest import digest
+from specattn_codegen.environment import Silicon, silicon
+from specattn_codegen.errors import PackError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.pack import Entry, structure
+from specattn_codegen.plan import Plan
+from specattn_codegen.render import templates_digest
+from specattn_codegen.silicon import are_siblings, distance, same
+from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.staleness import why_unusable
+from specattn_codegen.workloads import default_workloads
+
+Rung = Literal["exact", "nearest", "sibling", "model", "default"]
+TUNED_RUNGS: tuple[Rung, ...] = ("exact", "nearest", "sibling")
+
+logger = logging.getLogger("specattn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An entry of some layer. apart: octaves between its processor and the one at hand, 0 where they are one."""
+
+    entry: Entry
+    path: Path
+    silicon: Silicon
+    apart: float
+    why_unusable: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A plan and its rung. candidate: what it was taken from; None on the last two rungs."""
+
+    plan: Plan
+    rung: Rung
+    candidate: Candidate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """The packs of one HeadConfig that may serve one processor, read once: lookups touch no disk."""
+
+    arch: Arch
+    heads: HeadConfig
+    candidates: tuple[Candidate, ...]
+    _by_kernel: dict[KernelSpec, list[Candidate]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _exact: dict[tuple[KernelSpec, tuple[int, ...]], Found] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for candidate in self.candidates:
+            if candidate.why_unusable is None:
+                entry = candidate.entry
+                kernel = structure(entry.spec)
+                self._by_kernel.setdefault(kernel, []).append(candidate)
+                if not candidate.apart:
+                    found = Found(plan=entry.plan, rung="exact", candidate=candidate)
+                    self._exact.setdefault((kernel, buckets.buckets(entry.spec.op, entry.workload)), found)
+
+    def find(self, spec: KernelSpec, workload: Workload) -> Found:
+        """The highest rung that holds. Raises SpecError for a kernel no plan can be made for."""
+        return self.tuned(spec, workload) or self._modelled(spec, workload) or self._default(spec)
+
+    def tuned(self, spec: KernelSpec, workload: Workload) -> Found | None:
+        """The best of the packs, None where they have nothing within reach."""
+        kernel = structure(spec)
+        return (
+            self._exact.get((kernel, buckets.buckets(spec.op, workload)))
+            or self._nearest(kernel, workload, "nearest")
+            or self._nearest(kernel, workload, "sibling")
+        )
+
+    def _nearest(self, kernel: KernelSpec, workload: Workload, rung: Rung) -> Found | None:
+        """Equals go to the earlier layer."""
+
+        def octaves(candidate: Candidate) -> float:
+            return candidate.apart + buckets.distance(kernel.op, candidate.entry.workload, workload)
+
+        kin = [one for one in self._by_kernel.get(kernel, ()) if bool(one.apart) == (rung == "sibling")]
+        near = [candidate for candidate in kin if octaves(candidate) <= buckets.FARTHEST]
+        if not near:
+            return None
+        nearest = min(near, key=octaves)
+        return Found(plan=nearest.entry.plan, rung=rung, candidate=nearest)
+
+    def _modelled(self, spec: KernelSpec, workload: Workload) -> Found | None:
+        """Chosen at the nearest of the sizes a pack would have, so that few kernels are built, as with a pack."""
+        if not self.arch.is_gpu or spec.op == "mixed_attention":
+            return None
+        sizes = default_workloads(spec, self.arch)
+        nearest = min(sizes, key=lambda size: buckets.distance(spec.op, size, workload))
+        return Found(plan=first_choice(spec, nearest, self.arch), rung="model")
+
+    def _default(self, spec: KernelSpec) -> Found:
+        plan = space.default_plan(spec, self.arch, space.backends_for(self.arch)[0])
+        return Found(plan=plan, rung="default")
+
+    @property
+    def digest(self) -> str:
+        """Equal for processes in which every call gets the same plan and the same kernel text, whatever the provenance
+        of their packs: ranks that must not diverge compare it before they start."""
+        facts = dataclasses.replace(self.arch, name="", source="") if self.arch.is_gpu else silicon(self.arch)
+        usable = [
+            (one.entry.spec, one.entry.workload, one.entry.plan, one.apart)
+            for one in self.candidates
+            if one.why_unusable is None
+        ]
+        return digest(facts, self.heads, usable, templates_digest())
+
+
+def read(arch: Arch, heads: HeadConfig, layers: Sequence[Path]) -> Ladder:
+    """Reads every pack of these heads that may serve this processor. A layer is a folder of packs, or one pack.
+
+    Never raises: a pack that is damaged, hostile or of a later schema is a miss with one warning.
+    """
+    candidates = [
+        candidate
+        for layer in layers
+        for path in _files(layer, arch, heads)
+        for candidate in _candidates(path, arch, heads)
+    ]
+    return Ladder(arch=arch, heads=heads, candidates=tuple(candidates))
+
+
+@functools.cache
+def read_once(arch: Arch, heads: HeadConfig, layers: tuple[Path, ...]) -> Ladder:
+    """As `read`, but a process that has read them does not read them again, whatever becomes of the files."""
+    return read(arch, heads, layers)
+
+
+def lookup(spec: KernelSpec, workload: Workload, arch: Arch, layers: Sequence[Path]) -> Found | None:
+    """What packs have for one call; None means that the caller takes its safe default."""
+    return read(arch, spec.heads, layers).tuned(spec, workload)
+
+
+def _files(layer: Path, arch: Arch, heads: HeadConfig) -> list[Path]:
+    """The processor's own pack before its siblings'. Packs of processors known not to be siblings are not opened."""
+    own = pack.pack_path(layer, arch, heads)
+    try:
+        if layer.is_file():
+            return [layer]
+        others = [path for path in sorted(layer.glob(f"*/{heads.name}.json")) if path != own]
+    except OSError as error:
+        _warn_once(pack_file.one_line(error))
+        return []
+    return [own, *(path for path in others if _may_be_sibling(path.parent.name, arch))]
+
+
+def _may_be_sibling(name: str, arch: Arch) -> bool:
+    known = gpus.GPUS.get(name)
+    return (known is None and (name == "cpu") != arch.is_gpu) or (
+        known is not None and are_siblings(silicon(known), silicon(arch))
+    )
+
+
+def _candidates(path: Path, arch: Arch, heads: HeadConfig) -> list[Candidate]:
+    here = silicon(arch)
+    try:
+        found = pack.load(path)
+    except FileNotFoundError:
+        return []
+    except (PackError, OSError) as error:
+        _warn_once(pack_file.one_line(error))
+        return []
+    if not (found.is_understood and found.heads == heads and are_siblings(found.arch, here)):
+        return []
+    # Two processors of equal size that differ in something else are still two: the least distance tells them apart.
+    apart = 0.0 if same(found.arch, here) else max(distance(found.arch, here), 1e-6)
+    return [
+        Candidate(entry=entry, path=path, silicon=found.arch, apart=apart, why_unusable=why_unusable(entry, arch))
+        for entry in found.entries
+    ]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s; its entries are passed over", message)
