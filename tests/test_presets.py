@@ -25,7 +25,7 @@ def test_the_published_scores() -> None:
 @pytest.mark.parametrize("name", ["draft-guided", "nsa-verify"])
 def test_planned_presets_are_refused_as_planned(name: str) -> None:
     with pytest.raises(
-        SpecError, match=f"'{name}': planned, not available yet; available: vegas, pillar, reference, streaming, dense"
+        SpecError, match=f"'{name}': planned, not available yet; available: vegas, pillar, reference, hybrid"
     ):
         preset_named(name)
 

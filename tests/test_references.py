@@ -20,6 +20,7 @@ from specattn_runtime.reference_kernels import ReferenceKernels
 from specattn_runtime.references import row_references
 from specattn_runtime.round import Decoder
 from specattn_runtime.stopwatch import Stopwatch
+from specattn_runtime.turn import Turn
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 NAN = math.nan
@@ -104,18 +105,21 @@ def test_verification_gets_what_the_draft_steps_of_a_ragged_batch_computed(wavy:
     kernels = RememberingKernels(wavy)
     decoder = Decoder(
         model=wavy,
-        kernels=kernels,
+        kernels=(kernels,) * 2,
         cache=PagedCache(wavy.config.heads, layers=2, num_pages=40, page_size=7, batch=3, dtype=torch.float64),
         preset=PRESETS["reference"],
-        policy=TopK(k=5),
         stopwatch=Stopwatch(),
     )
-    view = decoder.prefill([prompt_of(40), prompt_of(12), prompt_of(30)], 4).view
+    for request, length in enumerate((40, 12, 30)):
+        decoder.prefill(request, prompt_of(length)[:-4])
+    ends = [tuple(prompt_of(length)[-4:]) for length in (40, 12, 30)]
+    _, view = decoder.round([Turn(tokens=end, joins=True, policy=TopK(k=5)) for end in ends], None)
     assert kernels.scores == [dataclasses.replace(SCORE, normaliser="exact")] * 2
     assert kernels.references == [None, None]
     floors = [lse.view(3, 4, -1).amin(dim=1) for lse in kernels.verified]
 
-    decoder.round([7, 8, 9], [3, 1, 0], [True, True, True], view)  # the third has only just joined: no drafts
+    drafts = zip((7, 8, 9), (3, 1, 0), strict=True)  # the third makes none
+    decoder.round([Turn(tokens=(token,), draft_len=length, policy=TopK(k=5)) for token, length in drafts], view)
     steps = [kernels.drafted[layer::2] for layer in range(2)]
     assert [len(lse) for lse in steps[0]] == [2, 1, 1]
     for layer in range(2):

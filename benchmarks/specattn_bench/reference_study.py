@@ -18,11 +18,13 @@ from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Attention, Llama
-from specattn_runtime.paged_cache import PagedCache, Rows
+from specattn_runtime.paged_cache import PagedCache
 from specattn_runtime.phases import Draft, Prefill, Verify
 from specattn_runtime.presets import PRESETS
 from specattn_runtime.round import Decoder
+from specattn_runtime.rows import Rows
 from specattn_runtime.stopwatch import Stopwatch
+from specattn_runtime.turn import Turn
 
 PAGE_SIZE = 16
 # What scores of bfloat16 kernels may be off by: their weights' rounding, and where those underflow.
@@ -181,10 +183,17 @@ class StudyKernels:
         return found
 
     def select_kv(
-        self, scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
+        self,
+        scores: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        policy: Policy,
+        *,
+        sink: int = 0,
+        recent: int = 0,
+        block: int = 1,
     ) -> Selection:
         """scores of all layers' requests, one after the other, or of one layer for all."""
-        chosen = self._kernels.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent)
+        chosen = self._kernels.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
         truth = torch.stack(self._exact)  # [layers, B, Hkv, N]
         lengths = prefix_lens[: truth.shape[1]].repeat(self._layers)
         best = self._kernels.select_kv(truth.flatten(0, 1), lengths, policy)
@@ -240,6 +249,7 @@ class Study:
         self, model: Llama, kernels: AttentionKernels, passages: Passages, *, draft_len: int, rounds: int
     ) -> None:
         self._kernels, self._passages, self._draft_len, self._rounds = kernels, passages, draft_len, rounds
+        self._layers = model.config.num_layers
         self._weights = {part.name: getattr(model, part.name) for part in dataclasses.fields(Llama)}
         self._cache = PagedCache(
             model.config.heads,
@@ -250,24 +260,26 @@ class Study:
             dtype=model.dtype,
         )
         prompts = [row[:length] for row, length in zip(passages.texts.tolist(), passages.contexts, strict=True)]
-        self._decoder(self._text_llama(), kernels, "dense", 1.0).prefill(prompts, draft_len + 1)
+        decoder = self._decoder(self._text_llama(), kernels, "dense")
+        for request, prompt in enumerate(prompts):
+            decoder.prefill(request, prompt[: -draft_len - 1])
 
     @torch.inference_mode()
     def run(self, method: Method, budget: float) -> Recorded:
         """budget: selected keys as a share of the prefix."""
-        model, batch = self._text_llama(), len(self._passages.contexts)
+        model = self._text_llama()
         kernels = StudyKernels(self._kernels, model.config.heads, model.config.num_layers, method)
-        decoder = self._decoder(model, kernels, method.preset, budget)
-        rows = self._draft_len + 1
+        decoder = self._decoder(model, kernels, method.preset)
+        rows, policy = self._draft_len + 1, TopK(ratio=budget)
         decoder.rewind([context - rows for context in self._passages.contexts])
-        ends = torch.stack(
-            [text[n - rows : n] for text, n in zip(self._passages.texts, self._passages.contexts, strict=True)]
-        )
-        view = decoder.verify(ends, [rows] * batch, decoder.preset.score).view
+        texts = self._passages.texts.tolist()
+        ends = [tuple(text[n - rows : n]) for text, n in zip(texts, self._passages.contexts, strict=True)]
+        _, view = decoder.round([Turn(tokens=end, joins=True, policy=policy) for end in ends], None)
         kernels.forget()
         for _ in range(self._rounds):
-            newest = self._passages.texts[torch.arange(batch), self._cache.lengths].tolist()
-            _, view = decoder.round(newest, [self._draft_len] * batch, [True] * batch, view)
+            newest = [text[length] for text, length in zip(texts, self._cache.lengths, strict=True)]
+            turns = [Turn(tokens=(token,), draft_len=self._draft_len, policy=policy) for token in newest]
+            _, view = decoder.round(turns, view)
         return Recorded(
             overlap=torch.stack(kernels.overlap),
             mass=torch.stack(kernels.mass),
@@ -281,12 +293,11 @@ class Study:
     def _text_llama(self) -> TextLlama:
         return TextLlama(**self._weights, texts=self._passages.texts)
 
-    def _decoder(self, model: Llama, kernels: AttentionKernels, preset: str, budget: float) -> Decoder:
+    def _decoder(self, model: Llama, kernels: AttentionKernels, preset: str) -> Decoder:
         return Decoder(
             model=model,
-            kernels=kernels,
+            kernels=(kernels,) * self._layers,
             cache=self._cache,
             preset=dataclasses.replace(PRESETS[preset], min_budget=0),
-            policy=TopK(ratio=budget),
             stopwatch=Stopwatch(),
         )

@@ -32,9 +32,16 @@ class AttentionKernels(Protocol):
         ...
 
     def select_kv(
-        self, scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
+        self,
+        scores: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        policy: Policy,
+        *,
+        sink: int = 0,
+        recent: int = 0,
+        block: int = 1,
     ) -> Selection:
-        """The critical keys of each score row; the first `sink` and last `recent` always among them."""
+        """The critical keys of each score row, in blocks; the first `sink` and last `recent` always among them."""
         ...
 
     def sparse_attention(

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from specattn_codegen.heads import HeadConfig
 from specattn_runtime.llama_config import LlamaConfig
 from specattn_runtime.rope import rotate
 
@@ -52,6 +53,22 @@ class Llama:
     head: torch.Tensor
     cos: torch.Tensor
     signed_sin: torch.Tensor
+
+    @property
+    def heads(self) -> HeadConfig:
+        return self.config.heads
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_positions
 
     @property
     def dtype(self) -> torch.dtype:

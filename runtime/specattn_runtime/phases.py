@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -11,14 +12,28 @@ from torch.nn import functional
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.paged_cache import PagedCache, Rows
+from specattn_runtime.rows import Rows
+
+
+class KeyValues(Protocol):
+    """Every layer's keys and values, by pages [num_pages, page_size, Hkv, D], and a way to add to them."""
+
+    @property
+    def keys(self) -> Sequence[torch.Tensor] | torch.Tensor: ...
+
+    @property
+    def values(self) -> Sequence[torch.Tensor] | torch.Tensor: ...
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """keys, values [N, Hkv, D] into the flat slots [N] of one layer, over whatever was there."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
     """Dense causal attention of one request's first rows, which have nothing before them."""
 
-    cache: PagedCache
+    cache: KeyValues
     rows: Rows
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -32,11 +47,11 @@ class Prefill:
 class Verify:
     """Attention over the whole cache; gathers each layer's lse [total_q, Hq] and, if asked for, scores [B, S, max_kv].
 
-    references [layers, total_q, Hq] go with a score that is normalised by them.
+    kernels, one a layer. references [layers, total_q, Hq] go with a score that is normalised by them.
     """
 
-    kernels: AttentionKernels
-    cache: PagedCache
+    kernels: Sequence[AttentionKernels]
+    cache: KeyValues
     rows: Rows
     score: ScoreSpec | None
     references: torch.Tensor | None = None
@@ -45,7 +60,7 @@ class Verify:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
-        verified = self.kernels.verify_attention(
+        verified = self.kernels[layer].verify_attention(
             q,
             self.cache.keys[layer],
             self.cache.values[layer],
@@ -65,25 +80,26 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """Attention over the layer's selected keys and every key from tail_start [B] on; gathers each layer's lse."""
+    """Attention over the keys chosen for a layer and its rows' queries, and every key from tail_start [B] on; gathers
+    each layer's lse. kernels, one a layer."""
 
-    kernels: AttentionKernels
-    cache: PagedCache
+    kernels: Sequence[AttentionKernels]
+    cache: KeyValues
     rows: Rows
-    selections: Sequence[Selection]
+    choose: Callable[[int, torch.Tensor], Selection]
     tail_start: torch.Tensor
     lses: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
-        attended = self.kernels.sparse_attention(
+        attended = self.kernels[layer].sparse_attention(
             q,
             self.cache.keys[layer],
             self.cache.values[layer],
             self.rows.page_table,
             self.rows.kv_lens,
             self.rows.cu_q,
-            self.selections[layer],
+            self.choose(layer, q),
             self.tail_start,
             max_q=self.rows.max_q,
             max_kv=self.rows.max_kv,

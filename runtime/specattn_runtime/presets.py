@@ -4,40 +4,62 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from specattn_codegen.errors import SpecError
-from specattn_codegen.spec import ScoreSpec
+from specattn_codegen.spec import ScoreSpec, require_choice
+
+Ranking = Literal["scores", "newest", "random", "page-bounds"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """How drafts choose their keys.
 
-    score       scores that verification emits; None ranks keys by position instead, the newest first
-    min_budget  keys selected where the budget's share of the prefix is smaller
-    sink        first keys, always selected, inside the budget
-    recent      last keys of the prefix, always selected, inside the budget
-    drafts      False decodes one token a pass
+    ranking       scores that verification emits; newest first; at random; or pages, anew at every draft step, by the
+                  most that its query can score in them
+    score         the scores, where those rank
+    min_budget    keys selected where the budget's share of the prefix is smaller
+    sink          first keys, always selected, inside the budget
+    recent        last keys of the prefix, always selected, inside the budget
+    recent_share  share of the budget that goes to the last keys of the prefix, whatever their rank
+    drafts        False decodes one token a pass
     """
 
     name: str
     summary: str
-    score: ScoreSpec | None
     min_budget: int
+    ranking: Ranking = "scores"
+    score: ScoreSpec | None = None
     sink: int = 0
     recent: int = 0
+    recent_share: float = 0.0
     drafts: bool = True
 
     def __post_init__(self) -> None:
+        require_choice("ranking", self.ranking, get_args(Ranking))
+        if (self.ranking == "scores") != (self.score is not None):
+            raise SpecError(f"ranking={self.ranking!r}, score={self.score}: scores, and nothing else, need a ScoreSpec")
         for name in ("min_budget", "sink", "recent"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}={getattr(self, name)}: must be at least 0 keys")
+        if not 0.0 <= self.recent_share <= 1.0:
+            raise SpecError(
+                f"recent_share={self.recent_share}: must be at least 0 and at most 1, a share of the budget"
+            )
 
     @property
     def uses_references(self) -> bool:
         """Whether scores are normalised by what the draft steps computed, from the first round with drafts on."""
         return self.score is not None and self.score.normaliser == "reference"
 
+    @property
+    def uses_page_bounds(self) -> bool:
+        return self.ranking == "page-bounds"
+
+
+VEGAS = ScoreSpec(rows="ends", heads="layer")
+PILLAR = ScoreSpec(rows="all", heads="kv_head")
 
 PRESETS = {
     preset.name: preset
@@ -45,13 +67,13 @@ PRESETS = {
         Preset(
             name="vegas",
             summary="first and last verify row, one selection per layer (arXiv 2602.07223)",
-            score=ScoreSpec(rows="ends", heads="layer"),
+            score=VEGAS,
             min_budget=256,
         ),
         Preset(
             name="pillar",
             summary="all verify rows, one selection per KV head (arXiv 2512.01278)",
-            score=ScoreSpec(rows="all", heads="kv_head"),
+            score=PILLAR,
             min_budget=192,
         ),
         Preset(
@@ -61,16 +83,42 @@ PRESETS = {
             min_budget=192,
         ),
         Preset(
+            name="hybrid",
+            summary="half the budget for the newest keys, half by the scores of vegas",
+            score=VEGAS,
+            min_budget=256,
+            recent_share=0.5,
+        ),
+        Preset(
+            name="hybrid-pillar",
+            summary="half the budget for the newest keys, half by the scores of pillar",
+            score=PILLAR,
+            min_budget=192,
+            recent_share=0.5,
+        ),
+        Preset(
             name="streaming",
             summary="first keys and a window of the newest (arXiv 2309.17453, drafting as in 2408.11049)",
-            score=None,
+            ranking="newest",
             min_budget=256,
             sink=4,
         ),
         Preset(
+            name="quest",
+            summary="pages by their bounds, one selection per KV head and draft step (arXiv 2406.10774)",
+            ranking="page-bounds",
+            min_budget=256,
+        ),
+        Preset(
+            name="random",
+            summary="keys at random: what any rule must beat",
+            ranking="random",
+            min_budget=256,
+        ),
+        Preset(
             name="dense",
             summary="no drafts, one token a pass",
-            score=ScoreSpec(rows="ends", heads="layer"),  # of the prompt's last rows only, as in a speculative run
+            score=VEGAS,  # of the prompt's last rows only, as in a speculative run
             min_budget=0,
             drafts=False,
         ),

@@ -45,9 +45,16 @@ class ReferenceKernels:
         return VerifyOutput(found.out.to(q.dtype), found.lse.float(), scores, histogram)
 
     def select_kv(
-        self, scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int = 0, recent: int = 0
+        self,
+        scores: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        policy: Policy,
+        *,
+        sink: int = 0,
+        recent: int = 0,
+        block: int = 1,
     ) -> Selection:
-        return reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent)
+        return reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
 
     def sparse_attention(
         self,

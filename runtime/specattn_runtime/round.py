@@ -1,221 +1,349 @@
-"""One round of self-speculative decoding: draft with few keys, verify with all, select anew, accept, rewind.
+"""A round of self-speculative decoding: draft with few keys, verify with all, accept, refresh what drafts read, rewind.
 
-Knows how a round goes, not when a request ends or what is measured.
+Each piece can be called alone, with a model, kernels and a cache of the caller's. Knows how a round goes, not when a
+request joins or ends, nor what is measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from specattn_codegen.policy import Policy
+from specattn_codegen.policy import TopK
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import ScoreSpec
-from specattn_runtime.acceptance import accept_greedy
+from specattn_runtime import key_choice
+from specattn_runtime.acceptance import accept_greedy, accept_sampled
+from specattn_runtime.draft_view import DraftView, merge_views
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.paged_cache import PagedCache, Rows
-from specattn_runtime.phases import Draft, Prefill, Verify
+from specattn_runtime.llama import Attention
+from specattn_runtime.page_bounds import PageBounds
+from specattn_runtime.phases import Draft, KeyValues, Prefill, Verify
 from specattn_runtime.presets import Preset
 from specattn_runtime.references import row_references
+from specattn_runtime.rows import Rows
+from specattn_runtime.sampling import draw, token_probabilities
 from specattn_runtime.stopwatch import Stopwatch
+from specattn_runtime.turn import Emitted, Turn
 
 NOTHING = -1  # pads token rows where a request has fewer rows than the longest
+Turns = Sequence[Turn | None]  # one a place in the batch; None where nobody is
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftView:
-    """What drafts read: one selection a layer, of keys below tail_start [B] int32, and every key from there on.
+class CausalModel(Protocol):
+    """What a round needs of a model: rows of any mix of requests in, attention done by whoever calls."""
 
-    least_lse [layers, B, Hq], of each request's verified rows; None where the preset uses no references.
-    """
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """tokens, positions [N] int64 -> hidden states [N, hidden]."""
+        ...
 
-    selections: tuple[Selection, ...]
-    tail_start: torch.Tensor
-    least_lse: torch.Tensor | None = None
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, hidden] -> next-token logits [N, vocab]."""
+        ...
+
+
+class KvCache(KeyValues, Protocol):
+    """What a round needs of a cache: room for the next rows of a batch, and a way back."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Keys of each request [B]."""
+        ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """[B, max_pages] int32."""
+        ...
+
+    @property
+    def bounds(self) -> PageBounds | None:
+        """Of every page, for a preset that ranks pages by them."""
+        ...
+
+    def extend(self, counts: Sequence[int]) -> Rows:
+        """Makes each request `counts[b]` keys longer and says where they lie."""
+        ...
+
+    def rewind(self, request: int, length: int) -> None:
+        """Forgets every key of a request at and past `length`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted:
-    """Each token and its drafts, padded where a request has fewer drafts than the most.
+    """Each newest token and its drafts, padded where a request has fewer drafts than the most.
 
-    tokens      [B, 1 + drafts] int64
-    references  [layers, B, 1 + drafts, Hq], see row_references; None where the preset uses none
+    tokens         [B, 1 + drafts] int64
+    probabilities  what each draft was drawn from [B, drafts, V]; None where every request is greedy
+    references     [layers, B, 1 + drafts, Hq], see row_references; None where the preset uses none
     """
 
     tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None
     references: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """The full model's word on some rows, padded where a request has fewer rows than the longest.
+    """The full model's word on some rows, request after request: logits [total_q, V], each layer's lse [total_q, Hq]
+    and, where they were asked for, each layer's scores [B, S, max_kv]."""
 
-    targets  [B, rows] int64: its choice after each row
-    margins  [B, rows]: by how much the best logit beats the second
-    view     what the next drafts read; None in a run without drafts
-    """
-
-    targets: torch.Tensor
-    margins: torch.Tensor
-    view: DraftView | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emitted:
-    """What a round gave one request: tokens and their margins, out of `drafted` drafts; empty for an ended request."""
-
-    tokens: list[int]
-    margins: list[float]
-    drafted: int
+    rows: Rows
+    logits: torch.Tensor
+    lses: Sequence[torch.Tensor]
+    scores: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The parts that decode a batch. Its requests' lengths are the cache's; nothing else is kept between rounds."""
+    """The parts that decode a batch. Its requests' lengths are the cache's; nothing else is kept between rounds.
 
-    model: Llama
-    kernels: AttentionKernels
-    cache: PagedCache
+    kernels, one a layer: the same for all of them, or each layer's own with its window, scale or sinks.
+    """
+
+    model: CausalModel
+    kernels: Sequence[AttentionKernels]
+    cache: KvCache
     preset: Preset
-    policy: Policy
     stopwatch: Stopwatch
 
-    def prefill(self, prompts: Sequence[Sequence[int]], verified_rows: int) -> Verified:
-        """Dense attention for all but the last `verified_rows` tokens of each prompt, verification for those.
+    def prefill(self, request: int, tokens: Sequence[int]) -> None:
+        """Adds tokens to a request's cache and says nothing about what follows them. The end of a prompt joins a round
+        instead, so that the first drafts already have a selection."""
+        if not tokens:
+            return
+        first = self.cache.lengths[request] == 0
+        rows = self.cache.extend([len(tokens) * (other == request) for other in range(len(self.cache.lengths))])
+        attention = (
+            Prefill(cache=self.cache, rows=rows)
+            if first
+            else Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=None)
+        )
+        self.model.forward(torch.tensor(tokens, device=self._device), rows.positions, attention)
 
-        So the first round already has a selection, and a dense run computes the very same numbers up to here.
-        """
-        tails = []
-        for request, prompt in enumerate(prompts):
-            split = max(0, len(prompt) - verified_rows)
-            tails.append(list(prompt[split:]))
-            if split:
-                rows = self.cache.extend([split if other == request else 0 for other in range(len(prompts))])
-                tokens = torch.tensor(prompt[:split], device=self.model.device)
-                self.model.forward(tokens, rows.positions, Prefill(cache=self.cache, rows=rows))
-        width = max(len(tail) for tail in tails)
-        tokens = self._token_rows([tail + [NOTHING] * (width - len(tail)) for tail in tails])
-        return self.verify(tokens, [len(tail) for tail in tails], self.preset.score)
+    def round(self, turns: Turns, view: DraftView | None) -> tuple[list[Emitted | None], DraftView | None]:
+        """Every turn's emitted tokens, 1 to draft_len + 1 of them, and the view for the next round.
 
-    def round(
-        self, newest: Sequence[int], draft_lens: Sequence[int], alive: Sequence[bool], view: DraftView | None
-    ) -> tuple[list[Emitted], DraftView | None]:
-        """Emits 1 to draft_lens[b] + 1 tokens of every living request, and the view for the next round.
-
-        `newest` are the requests' last emitted tokens, which are not cached yet. With all draft lengths 0 a round is
-        one dense step.
+        view, None before the first, is what the round before gave. A turn without drafts is one dense step.
         """
         prefixes = list(self.cache.lengths)
         with self.stopwatch.phase("draft"):
-            drafted = Drafted(tokens=self._token_rows([[token] for token in newest]))
-            if view is not None:
-                drafted = self.draft(drafted.tokens, draft_lens, view)
+            drafted = self.draft(turns, view)
             self.rewind(prefixes)
-        counts = [length + 1 if living else 0 for length, living in zip(draft_lens, alive, strict=True)]
-        score = self.preset.score if self.preset.drafts else None
-        verified = self.verify(drafted.tokens, counts, score, drafted.references)
-        drafts = drafted.tokens[:, 1:]
-        accepted = accept_greedy(drafts, verified.targets, torch.tensor(draft_lens, device=drafts.device))
-        kept = [some + 1 if living else 0 for some, living in zip(accepted.tolist(), alive, strict=True)]
-        self.rewind([prefix + count for prefix, count in zip(prefixes, kept, strict=True)])
-        choices = zip(kept, verified.targets.tolist(), verified.margins.tolist(), draft_lens, strict=True)
-        emitted = [Emitted(tokens=row[:n], margins=margins[:n], drafted=length) for n, row, margins, length in choices]
-        return emitted, verified.view
+        with self.stopwatch.phase("verify"):
+            verified = self.verify(turns, drafted)
+            emitted = self.accept(turns, drafted, verified)
+        with self.stopwatch.phase("select"):
+            view = self.refresh(turns, verified, view) if self.preset.drafts else None
+        grown = zip(prefixes, turns, emitted, strict=True)
+        self.rewind([prefix + _kept(turn, given) for prefix, turn, given in grown])
+        return emitted, view
 
-    def draft(self, newest: torch.Tensor, draft_lens: Sequence[int], view: DraftView) -> Drafted:
-        """newest [B, 1] -> each request's token and its drafts, whose keys stay in the cache."""
-        tokens = torch.nn.functional.pad(newest, (0, max(draft_lens)), value=NOTHING)
+    def draft(self, turns: Turns, view: DraftView | None) -> Drafted:
+        """Each turn's newest token and its drafts, whose keys stay in the cache until it is rewound."""
+        newest = [[turn.tokens[-1] if turn else NOTHING] for turn in turns]
+        tokens = torch.tensor(newest, device=self._device)
+        steps = max((turn.draft_len for turn in turns if turn), default=0)
+        if view is None or not steps:
+            references = None if view is None or view.least_lse is None else row_references([], view.least_lse)
+            return Drafted(tokens=tokens, references=references)
+        tokens = torch.nn.functional.pad(tokens, (0, steps), value=NOTHING)
+        probabilities: list[torch.Tensor] = []  # of each step [B, V]
         lses: list[torch.Tensor] = []  # of each step [layers, B, Hq], NaN for requests it did not run
-        for step in range(max(draft_lens)):
-            rows = self.cache.extend([int(step < length) for length in draft_lens])
+        sampled = any(turn and not turn.sampling.greedy for turn in turns)
+        for step in range(steps):
+            drafting = [turn if turn and step < turn.draft_len else None for turn in turns]
+            rows = self.cache.extend([int(turn is not None) for turn in drafting])
             attention = Draft(
                 kernels=self.kernels,
                 cache=self.cache,
                 rows=rows,
-                selections=view.selections,
+                choose=self._choice(drafting, rows, view),
                 tail_start=view.tail_start,
             )
-            hidden = self.model.forward(tokens[rows.requests, step], rows.positions, attention)
-            tokens[rows.requests, step + 1] = self.model.logits(hidden).argmax(dim=1)
+            logits = self.model.logits(self.model.forward(tokens[rows.requests, step], rows.positions, attention))
+            if sampled:
+                drawn, found = _draw_drafts([turn for turn in drafting if turn], step, logits)
+                tokens[rows.requests, step + 1] = drawn
+                probabilities.append(found.new_zeros(len(turns), found.shape[1]))
+                probabilities[-1][rows.requests] = found
+            else:
+                tokens[rows.requests, step + 1] = logits.argmax(dim=1)
             if view.least_lse is not None:
                 lses.append(torch.full_like(view.least_lse, math.nan))
                 lses[-1][:, rows.requests] = torch.stack(attention.lses)
-        references = None if view.least_lse is None else row_references(lses, view.least_lse)
-        return Drafted(tokens=tokens, references=references)
+        return Drafted(
+            tokens=tokens,
+            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
+            references=None if view.least_lse is None else row_references(lses, view.least_lse),
+        )
 
-    def verify(
-        self,
-        tokens: torch.Tensor,
-        counts: Sequence[int],
-        score: ScoreSpec | None,
-        references: torch.Tensor | None = None,
-    ) -> Verified:
-        """The first counts[b] of tokens [B, N] over the whole cache; overwrites provisional keys in their slots.
+    def verify(self, turns: Turns, drafted: Drafted) -> Verified:
+        """Every turn's tokens and drafts over the whole cache; overwrites provisional keys in their slots.
 
-        references [layers, B, N, Hq], for a score normalised by them; without any it is the exact score.
+        Scores where some turn selects anew: exact ones unless each of them has references.
         """
-        if score is not None and references is None:
-            score = dataclasses.replace(score, normaliser="exact")
-        with self.stopwatch.phase("verify"):
-            rows = self.cache.extend(counts)
-            attention = Verify(
-                kernels=self.kernels,
-                cache=self.cache,
-                rows=rows,
-                score=score,
-                references=None if references is None else references[:, rows.requests, rows.offsets],
+        score = self._score(turns, drafted)
+        tokens = _verified_tokens(turns, drafted)
+        rows = self.cache.extend([turn.rows if turn else 0 for turn in turns])
+        references = None
+        if score is not None and score.normaliser == "reference" and drafted.references is not None:
+            references = drafted.references[:, rows.requests, rows.offsets]
+        attention = Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=score, references=references)
+        hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
+        return Verified(
+            rows=rows, logits=self.model.logits(hidden), lses=tuple(attention.lses), scores=tuple(attention.scores)
+        )
+
+    def accept(self, turns: Turns, drafted: Drafted, verified: Verified) -> list[Emitted | None]:
+        """The drafts that hold and the token that follows them, for every turn."""
+        draft_lens = torch.tensor([turn.draft_len if turn else 0 for turn in turns], device=self._device)
+        drafts = drafted.tokens[:, 1:]
+        # A turn's last draft_len + 1 rows: those whose next tokens its drafts are, and the last.
+        first = verified.rows.cu_q[1:].long() - 1 - draft_lens
+        places = first[:, None] + torch.arange(drafts.shape[1] + 1, device=self._device)
+        places = places.clamp(0, len(verified.logits) - 1)
+        if any(turn and not turn.sampling.greedy for turn in turns):
+            samplings = [turn.sampling for turn in turns if turn for _ in range(turn.rows)]
+            targets = token_probabilities(verified.logits, samplings)[places]
+            offered = targets[:, :0] if drafted.probabilities is None else drafted.probabilities
+            accepted = accept_sampled(
+                drafts.clamp_min(0), offered, targets, draft_lens, _acceptance_uniforms(turns, drafts)
             )
-            hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
-            logits = self.model.logits(hidden)
-            best = logits.topk(2, dim=1).values.double()
-            targets = torch.full((len(counts), rows.max_q), NOTHING, device=logits.device)
-            targets[rows.requests, rows.offsets] = logits.argmax(dim=1)
-            margins = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
-            margins[rows.requests, rows.offsets] = best[:, 0] - best[:, 1]
-        with self.stopwatch.phase("select"):
-            view = self.select(attention, rows) if self.preset.drafts else None
-        return Verified(targets=targets, margins=margins, view=view)
-
-    def select(self, verified: Verify, rows: Rows) -> DraftView:
-        """The keys the next drafts read, of all layers in one call; without scores, every layer keeps the newest."""
-        batch, scores = len(rows.prefix_lens), verified.scores
-        if not scores:
-            # Ranking keys by position is exact in float32 up to 2^24 keys.
-            scores = [torch.arange(rows.max_kv, dtype=torch.float32, device=self.model.device).repeat(batch, 1, 1)]
-        chosen = self.kernels.select_kv(
-            torch.cat(scores),
-            rows.prefix_lens.repeat(len(scores)),
-            self.policy,
-            sink=self.preset.sink,
-            recent=self.preset.recent,
-        )
-        per_layer = [
-            Selection(indices, counts, chosen.block)
-            for indices, counts in zip(chosen.indices.split(batch), chosen.counts.split(batch), strict=True)
+            counts, following = accepted.counts, accepted.following
+        else:
+            targets = verified.logits.argmax(dim=1)[places]
+            counts = accept_greedy(drafts, targets, draft_lens)
+            following = targets.gather(1, counts[:, None])[:, 0]
+        best = verified.logits.topk(2, dim=1).values.double()
+        margins = (best[:, 0] - best[:, 1])[places].tolist()
+        chosen = zip(turns, drafts.tolist(), counts.tolist(), following.tolist(), margins, strict=True)
+        return [
+            None
+            if turn is None
+            else Emitted(tokens=[*row[:count], last], margins=margin[: count + 1], drafted=turn.draft_len)
+            for turn, row, count, last, margin in chosen
         ]
-        repeats = self.model.config.num_layers // len(per_layer)
-        return DraftView(
-            selections=tuple(per_layer * repeats),
-            tail_start=rows.prefix_lens,
-            least_lse=self._least_lse(verified, rows) if self.preset.uses_references else None,
-        )
 
-    def _least_lse(self, verified: Verify, rows: Rows) -> torch.Tensor:
-        """[layers, B, Hq] over each request's rows; infinite for a request without any."""
-        lses = torch.stack(verified.lses)  # [layers, total_q, Hq]
-        padded = lses.new_full((len(lses), len(rows.prefix_lens), rows.max_q, lses.shape[2]), math.inf)
-        padded[:, rows.requests, rows.offsets] = lses
-        return padded.amin(dim=2)
+    def refresh(self, turns: Turns, verified: Verified, view: DraftView | None) -> DraftView:
+        """What the next drafts read: keys selected anew for every turn with a policy, `view` for the others."""
+        rows = verified.rows
+        due = [turn is None or turn.policy is not None for turn in turns]
+        least_lse = least_lses(verified) if self.preset.uses_references else None
+        if view is not None and not any(turn and turn.policy for turn in turns):
+            return dataclasses.replace(view, least_lse=least_lse)
+        selections = () if self.preset.uses_page_bounds else self._select(turns, verified)
+        fresh = DraftView(selections=selections, tail_start=rows.prefix_lens, least_lse=least_lse)
+        return fresh if view is None or all(due) else merge_views(view, fresh, due)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Cuts every request's keys back to its length."""
         for request, length in enumerate(lengths):
             self.cache.rewind(request, length)
 
-    def _token_rows(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(rows, device=self.model.device)
+    def _select(self, turns: Turns, verified: Verified) -> tuple[Selection, ...]:
+        """One selection a layer, of all layers in one call. Keys ranked by position are the same in every layer."""
+        rows, layers, device = verified.rows, len(self.kernels), self._device
+        policies = [turn.policy if turn else None for turn in turns]
+        if self.preset.ranking == "newest":
+            scores = key_choice.newest_first(len(turns), rows.max_kv, device)
+        elif self.preset.ranking == "random":
+            scores = key_choice.at_random(layers, rows.prefix_lens, rows.max_kv)
+        else:
+            scores = torch.cat(list(verified.scores))
+        if self.preset.recent_share:
+            scores = key_choice.force_recents(scores, rows.prefixes, policies, self.preset.recent_share)
+        chosen = self._chosen(scores, rows.prefix_lens, policies)
+        per_layer = zip(chosen.indices.split(len(turns)), chosen.counts.split(len(turns)), strict=True)
+        found = tuple(Selection(indices, counts, chosen.block) for indices, counts in per_layer)
+        return found * (layers // len(found))
+
+    def _choice(self, turns: Turns, rows: Rows, view: DraftView) -> Callable[[int, torch.Tensor], Selection]:
+        """Which keys a draft step reads: the view's, or the best pages for its own queries."""
+        if not self.preset.uses_page_bounds:
+            return lambda layer, _: view.selections[layer]
+        bounds, size = self.cache.bounds, self.cache.page_size
+        assert bounds is not None, "the preset ranks pages by bounds, which this cache does not keep"
+        pages = rows.page_table[:, : -(-rows.max_kv // size)]
+        policies = [turn.policy if turn else None for turn in turns]
+
+        def best_pages(layer: int, q: torch.Tensor) -> Selection:
+            queries = q.new_zeros(len(turns), *q.shape[1:])
+            queries[rows.requests] = q
+            return self._chosen(bounds.scores(layer, queries, pages), view.tail_start, policies, size)
+
+        return best_pages
+
+    def _chosen(
+        self, scores: torch.Tensor, prefix_lens: torch.Tensor, policies: Sequence[TopK | None], block: int = 1
+    ) -> Selection:
+        return key_choice.select_by_policy(
+            self.kernels[0],
+            scores,
+            prefix_lens,
+            policies,
+            sink=self.preset.sink,
+            recent=self.preset.recent,
+            block=block,
+        )
+
+    def _score(self, turns: Turns, drafted: Drafted) -> ScoreSpec | None:
+        """What verification emits: a dense run has scores only at the end of its prompts, as a speculative one has."""
+        present = [turn for turn in turns if turn]
+        wanted = any(turn.policy for turn in present) if self.preset.drafts else any(turn.joins for turn in present)
+        if self.preset.score is None or not wanted:
+            return None
+        exact = drafted.references is None or any(turn.joins for turn in present)
+        return dataclasses.replace(self.preset.score, normaliser="exact") if exact else self.preset.score
+
+    @property
+    def _device(self) -> torch.device:
+        return self.cache.page_table.device
+
+
+def least_lses(verified: Verified) -> torch.Tensor:
+    """[layers, B, Hq], the least over each request's rows; infinite for a request without any."""
+    rows, lses = verified.rows, torch.stack(list(verified.lses))  # [layers, total_q, Hq]
+    padded = lses.new_full((len(lses), len(rows.counts), rows.max_q, lses.shape[2]), math.inf)
+    padded[:, rows.requests, rows.offsets] = lses
+    return padded.amin(dim=2)
+
+
+def _kept(turn: Turn | None, emitted: Emitted | None) -> int:
+    """Rows whose keys stay: the turn's own and the drafts that held."""
+    return len(turn.tokens) + len(emitted.tokens) - 1 if turn and emitted else 0
+
+
+def _draw_drafts(turns: Sequence[Turn], step: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The drafts of one step [N] and what each was drawn from [N, V]."""
+    found = token_probabilities(logits, [turn.sampling for turn in turns])
+    uniforms = [turn.uniforms[step] if turn.uniforms else 0.0 for turn in turns]
+    return draw(found, torch.tensor(uniforms, dtype=torch.float64, device=logits.device)), found
+
+
+def _acceptance_uniforms(turns: Turns, drafts: torch.Tensor) -> torch.Tensor:
+    """[B, k + 1] float64: one a draft, then the one that decides what follows. A greedy request needs none."""
+    found = torch.zeros(drafts.shape[0], drafts.shape[1] + 1, dtype=torch.float64)
+    for request, turn in enumerate(turns):
+        if turn and turn.uniforms:
+            given = torch.tensor(turn.uniforms[turn.draft_len :], dtype=torch.float64)
+            found[request, : turn.draft_len], found[request, -1] = given[:-1], given[-1]
+    return found.to(drafts.device)
+
+
+def _verified_tokens(turns: Turns, drafted: Drafted) -> torch.Tensor:
+    """[B, rows] int64: each turn's tokens and drafts, padded."""
+    width = max(drafted.tokens.shape[1], *(len(turn.tokens) if turn else 0 for turn in turns))
+    tokens = torch.nn.functional.pad(drafted.tokens, (0, width - drafted.tokens.shape[1]), value=NOTHING)
+    for request, turn in enumerate(turns):
+        if turn and turn.joins:
+            tokens[request, : len(turn.tokens)] = torch.tensor(turn.tokens, device=tokens.device)
+    return tokens

@@ -1,0 +1,227 @@
+"""Requests that come and go: who is in the batch, who waits for a place, and what each has got so far."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.draft_view import DraftView
+from specattn_runtime.generation import RequestResult
+from specattn_runtime.kernels_protocol import AttentionKernels
+from specattn_runtime.paged_cache import PagedCache
+from specattn_runtime.request import Request
+from specattn_runtime.round import CausalModel, Decoder
+from specattn_runtime.stopwatch import Stopwatch
+
+
+class LanguageModel(CausalModel, Protocol):
+    """A model and what a session must know of it to serve it. heads are those of every layer's keys and values."""
+
+    @property
+    def heads(self) -> HeadConfig: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What one step gave one request; `ended` with its last tokens."""
+
+    request: int
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """A batch of changing requests over one paged cache.
+
+    A request waits while the batch or the cache is full, first come first served, and joins at the start of a step.
+    Whoever is in has pages for the longest text it may get, so that nobody is ever thrown out. No two requests need
+    have anything in common but the preset.
+
+    rounds  steps that did something, each one pass over the whole cache
+    shares  selected keys over prefix keys, a round with drafts to come
+    """
+
+    model: LanguageModel
+    decoder: Decoder
+    cache: PagedCache
+    spec: DecodeSpec
+    places: list[int | None]
+    rounds: int = 0
+    shares: list[float] = field(default_factory=list)
+    _requests: list[Request] = field(default_factory=list)
+    _waiting: deque[int] = field(default_factory=deque)
+    _view: DraftView | None = None
+
+    def add_request(self, prompt: Sequence[int], spec: DecodeSpec | None = None) -> int:
+        """Queues a prompt of token ids; returns the request's number.
+
+        spec, by default the session's, may differ from it in everything but preset and page size. Raises SpecError for
+        what could never be served.
+        """
+        spec = self.spec if spec is None else spec
+        require_servable(self.model, prompt, spec, f"prompt {len(self._requests)}")
+        if (spec.preset, spec.page_size) != (self.spec.preset, self.spec.page_size):
+            raise SpecError(
+                f"preset={spec.preset.name}, page_size={spec.page_size}: one session has one of each, "
+                f"{self.spec.preset.name} and {self.spec.page_size}; open another session"
+            )
+        request = Request(tuple(prompt), spec)
+        if self._pages(request) > self.cache.num_pages:
+            raise SpecError(
+                f"prompt {len(self._requests)}: {len(prompt)} tokens and {spec.max_new_tokens} new ones need "
+                f"{self._pages(request)} pages of {self.cache.page_size} keys and the whole KV cache has "
+                f"{self.cache.num_pages}; use more pages, a shorter prompt or fewer new tokens"
+            )
+        self._requests.append(request)
+        self._waiting.append(len(self._requests) - 1)
+        return len(self._requests) - 1
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Requests without a place, the next to get one first."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        return tuple(number for number in self.places if number is not None)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """One round for everybody in the batch, those that join it now included."""
+        for place in self._admit():
+            request = self._at(place)
+            self.decoder.prefill(place, request.prompt[: len(request.prompt) - request.joined_rows])
+        if not self.running:
+            return []
+        turns = [None if number is None else self._requests[number].turn() for number in self.places]
+        emitted, self._view = self.decoder.round(turns, self._view)
+        self.rounds += 1
+        progress = []
+        for place, (number, given) in enumerate(zip(list(self.places), emitted, strict=True)):
+            if number is not None and given is not None:
+                tokens = self._requests[number].take(given)
+                progress.append(Progress(request=number, tokens=tokens, ended=self._requests[number].ended))
+                if self._requests[number].ended:
+                    self._leave(place)
+        if self._view is not None and self._view.selections and self.running:
+            self.shares.append(self._view.selected_share)
+        return progress
+
+    def cancel(self, request: int) -> None:
+        """Ends a request that has not ended yet; it keeps the tokens it has."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self.places:
+            self._leave(self.places.index(request))
+        self._requests[request].ended = True
+
+    def result(self, request: int) -> RequestResult:
+        """What a request has got, now or in the end."""
+        return self._requests[request].result()
+
+    def _admit(self) -> list[int]:
+        """Gives places to those who wait, in their order; returns the places."""
+        joined = []
+        for place in [place for place, number in enumerate(self.places) if number is None]:
+            if not self._waiting or self._pages(self._requests[self._waiting[0]]) > self._unpromised_pages():
+                break
+            self.places[place] = self._waiting.popleft()
+            joined.append(place)
+        return joined
+
+    def _unpromised_pages(self) -> int:
+        """Pages that nobody in the batch may come to need."""
+        return self.cache.num_pages - sum(self._pages(self._requests[number]) for number in self.running)
+
+    def _pages(self, request: Request) -> int:
+        return self.cache.pages_for(request.most_keys)
+
+    def _at(self, place: int) -> Request:
+        number = self.places[place]
+        assert number is not None
+        return self._requests[number]
+
+    def _leave(self, place: int) -> None:
+        self.cache.free(place)
+        self.places[place] = None
+
+
+def open_session(
+    model: LanguageModel,
+    kernels: AttentionKernels | Sequence[AttentionKernels],
+    spec: DecodeSpec,
+    *,
+    max_requests: int,
+    num_pages: int,
+    clock: Callable[[], float] | None = None,
+) -> Session:
+    """A session without requests, over a new cache.
+
+    kernels       for every layer, or one set a layer, all for the model's dtype and device and spec.page_size
+    max_requests  in the batch at a time; more wait
+    num_pages     of the cache, shared by all
+    """
+    if max_requests < 1:
+        raise SpecError(f"max_requests={max_requests}: must be at least 1")
+    per_layer = tuple(kernels) if isinstance(kernels, Sequence) else (kernels,) * model.num_layers
+    if len(per_layer) != model.num_layers:
+        raise SpecError(f"kernels: {len(per_layer)} sets for {model.num_layers} layers; give one, or one a layer")
+    cache = PagedCache(
+        model.heads,
+        layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=spec.page_size,
+        batch=max_requests,
+        dtype=model.dtype,
+        device=model.device,
+        page_bounds=spec.preset.uses_page_bounds and spec.preset.drafts,
+    )
+    decoder = Decoder(
+        model=model,
+        kernels=per_layer,
+        cache=cache,
+        preset=spec.preset,
+        stopwatch=Stopwatch() if clock is None else Stopwatch(clock),
+    )
+    return Session(model=model, decoder=decoder, cache=cache, spec=spec, places=[None] * max_requests)
+
+
+def require_servable(model: LanguageModel, prompt: Sequence[int], spec: DecodeSpec, name: str) -> None:
+    """Raises SpecError, naming the prompt, where it is empty, outside the vocabulary or too long for the model."""
+    if not prompt:
+        raise SpecError(f"{name}: empty; give at least one token to continue from")
+    if len(prompt) + spec.max_new_tokens > model.max_positions:
+        raise SpecError(
+            f"{name}: {len(prompt)} tokens and {spec.max_new_tokens} new ones exceed the model's "
+            f"{model.max_positions} positions; shorten the prompt or ask for fewer"
+        )
+    wild = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
+    if wild is not None:
+        raise SpecError(f"{name}: token {wild} is outside the model's vocabulary of {model.vocab_size}")
