@@ -10,9 +10,9 @@ from typing import get_args
 import pytest
 import torch
 
-from specattn_bench import ceilings, cli, peers, report, verify_measured
+from specattn_bench import ceilings, cli, measured, peers, report, verify_measured
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.plans import Chosen, NotServedError
+from specattn_bench.plans import DEFAULT, Chosen, NotServedError
 from specattn_bench.roofline import floor_of, method_work
 from specattn_bench.timing import in_turn
 from specattn_bench.verify_series import SCORES, Asked, Case
@@ -151,21 +151,21 @@ def test_peers_do_the_same_work(name: str, rows: int) -> None:
 def asked(*scores: str) -> tuple[Asked, Case]:
     case = Case(dtype="float32", workload=Workload(batch=1, q_len=1, kv_len=64))
     return (
-        Asked(heads=HEADS, cases=(case,), scores=scores, page_size=16, plan_source="default", overrides={}),
+        Asked(heads=HEADS, cases=(case,), scores=scores, page_size=16, plans=DEFAULT),
         case,
     )
 
 
 def test_what_a_backend_refuses_or_gets_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = verify_measured.choose
+    choose = measured.choose
 
     def refuse_ends(spec: KernelSpec, *others: object) -> Chosen:
         if spec.score == SCORES["ends-layer"]:
             raise NotServedError("ends are not made here")
         return choose(spec, *others)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(verify_measured, "choose", refuse_ends)
-    monkeypatch.setattr(verify_measured, "prove", lambda *_, **__: Verdict(passed=False, worst=9.0, detail="out 9"))
+    monkeypatch.setattr(measured, "choose", refuse_ends)
+    monkeypatch.setattr(measured, "prove", lambda *_, **__: Verdict(passed=False, worst=9.0, detail="out 9"))
     question, case = asked("none", "ends-layer")
     wrong, refused, *others = verify_measured.measure_case(question, case, cpu_info.detect(measure=False), 0.02)
     assert (wrong.timing, wrong.refused) == (None, "not served: wrong results, out 9")

@@ -2,28 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import click
+import torch
 
+from specattn_bench.plans import Plans, PlanSource, parse_overrides
 from specattn_bench.report import require_writable, saved_path
-from specattn_codegen import gpus, models
+from specattn_codegen import cpu_info, gpus, models
 from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.spec import DTYPES
+from specattn_codegen.spec import DTYPES, Dtype
 
-Command = TypeVar("Command", bound=Callable[..., object])
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def shared(command: Command) -> Command:
-    """--heads, --dtype, --page-size, --seconds, --threads, --plan, --plans, --json, --plot and --save."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The options that questions share, read. dtypes: empty where none was named; gpus: to be modelled instead."""
+
+    heads: HeadConfig
+    dtypes: tuple[Dtype, ...]
+    page_size: int
+    seconds: float
+    threads: int | None
+    plans: Plans
+    json_path: Path | None
+    plot_path: Path | None
+    save: bool
+    gpus: tuple[Arch, ...]
+
+    def __post_init__(self) -> None:
+        if self.gpus and (self.plot_path or self.save):
+            raise SpecError("--plot and --save are for what was measured; with --gpu use --json")
+
+    def here(self, question: str) -> Places:
+        """This machine's CPU and where the answer goes; every place is tried before anything is timed."""
+        if not 0 < self.seconds < float("inf"):
+            raise SpecError(f"--seconds {self.seconds:g}: must be above 0")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        arch = cpu_info.detect(measure=False)
+        require_picture(self.plot_path)
+        return Places(
+            arch=arch, json=report_paths(question, arch, self.json_path, save=self.save), picture=self.plot_path
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The machine that is measured, and the files its answer is written to."""
+
+    arch: Arch
+    json: list[Path]
+    picture: Path | None
+
+
+def shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Reads the options below for a command, which gets them as its first argument."""
+
+    @functools.wraps(command)
+    def with_common(
+        *,
+        heads: str,
+        dtypes: tuple[Dtype, ...],
+        page_size: int,
+        seconds: float,
+        threads: int | None,
+        plan: tuple[str, ...],
+        plan_source: PlanSource,
+        json_path: Path | None,
+        plot_path: Path | None,
+        save: bool,
+        gpus: tuple[str, ...],
+        **own: object,
+    ) -> None:
+        common = Common(
+            heads=heads_of(heads),
+            dtypes=dtypes,
+            page_size=page_size,
+            seconds=seconds,
+            threads=threads,
+            plans=Plans(source=plan_source, overrides=parse_overrides(plan)),
+            json_path=json_path,
+            plot_path=plot_path,
+            save=save,
+            gpus=gpus_named(gpus),
+        )
+        command(common, **own)
+
+    return functools.reduce(lambda bound, option: option(bound), reversed(OPTIONS), with_common)
 
 
 OPTIONS = (
@@ -54,6 +126,7 @@ OPTIONS = (
         "--plot", "plot_path", type=click.Path(path_type=Path), metavar="PATH", help="Draw them: .png or .svg."
     ),
     click.option("--save", is_flag=True, help="Write them to benchmarks/results/<processor>/ of this checkout."),
+    click.option("--gpu", "gpus", multiple=True, metavar="NAME|all", help="Model this GPU instead; may be repeated."),
 )
 
 
@@ -67,12 +140,6 @@ def gpus_named(names: Sequence[str]) -> tuple[Arch, ...]:
         raise SpecError("--gpu cpu: the CPU is here and is measured; leave --gpu out")
     wanted = gpus.names() if "all" in names else names
     return tuple(dict.fromkeys(gpus.find(name) for name in wanted))
-
-
-def require_seconds(seconds: float) -> float:
-    if not 0 < seconds < float("inf"):
-        raise SpecError(f"--seconds {seconds:g}: must be above 0")
-    return seconds
 
 
 def report_paths(question: str, arch: Arch, json_path: Path | None, *, save: bool) -> list[Path]:

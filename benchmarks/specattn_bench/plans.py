@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from specattn_codegen import ladder, paths, space
@@ -14,7 +14,6 @@ from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.spec import KernelSpec, Workload
 
 PlanSource = Literal["tuned", "default"]
-Overrides = Mapping[str, Setting]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +26,25 @@ class Chosen:
     plan: Plan
     found: str
     resources: tuple[Resources, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plans:
+    """Where plans come from, and the settings that the command line fixes in all of them."""
+
+    source: PlanSource
+    overrides: Mapping[str, Setting]
+
+    def require_known(self, specs: Sequence[KernelSpec], arch: Arch) -> None:
+        """Every override must be an axis of at least one of the kernels. Raises SpecError."""
+        backend = space.backends_for(arch)[0]
+        known = dict.fromkeys(axis.name for spec in specs for axis in space.axes(spec, backend))
+        for name in self.overrides:
+            if name not in known:
+                raise SpecError(f"--plan {name}: no such setting on {arch.name}; there are {', '.join(known)}")
+
+
+DEFAULT = Plans(source="default", overrides={})
 
 
 class NotServedError(SpecError):
@@ -44,30 +62,24 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Setting]:
     return overrides
 
 
-def require_known(overrides: Overrides, specs: Sequence[KernelSpec], arch: Arch) -> None:
-    """Every override must be an axis of at least one of the kernels. Raises SpecError."""
-    backend = space.backends_for(arch)[0]
-    known = dict.fromkeys(axis.name for spec in specs for axis in space.axes(spec, backend))
-    for name in overrides:
-        if name not in known:
-            raise SpecError(f"--plan {name}: no such setting on {arch.name}; there are {', '.join(known)}")
-
-
-def choose(spec: KernelSpec, workload: Workload, arch: Arch, source: PlanSource, overrides: Overrides) -> Chosen:
-    """As dispatch chooses, or the default plan; then the overrides.
+def choose(spec: KernelSpec, workload: Workload, arch: Arch, plans: Plans) -> Chosen:
+    """As dispatch chooses, or the default plan; then the overrides. A mixed batch takes the plan of its verifying
+    requests.
 
     Raises NotServedError where the backend has no plan for `spec` at all, SpecError where the overrides make a bad one.
     """
     _require_served(spec, arch)
-    if source == "tuned":
-        found = ladder.read(arch, spec.heads, paths.pack_layers()).find(spec, workload)
+    if plans.source == "tuned":
+        tuned = replace(spec, op="verify_attention", selection=None) if spec.op == "mixed_attention" else spec
+        packs = ladder.read(arch, spec.heads, paths.pack_layers())
+        found = packs.tuned(tuned, workload) or packs.find(spec, workload)
         resources = found.candidate.entry.resources if found.candidate else ()
         chosen = Chosen(plan=found.plan, found=found.rung, resources=resources)
     else:
         plan = space.default_plan(spec, arch, space.backends_for(arch)[0])
         chosen = Chosen(plan=plan, found="default", resources=())
     settings = chosen.plan.as_dict()
-    changes = {name: value for name, value in overrides.items() if name in settings and settings[name] != value}
+    changes = {name: value for name, value in plans.overrides.items() if name in settings and settings[name] != value}
     if changes:
         chosen = Chosen(plan=chosen.plan.replace(**changes), found=f"{chosen.found}, overridden", resources=())
     reason = space.why_invalid(chosen.plan, spec, arch)

@@ -28,6 +28,10 @@ def processor(arch: Arch) -> str:
     return arch.source.removeprefix(PROCESSOR)
 
 
+def device(arch: Arch) -> str:
+    return f"{processor(arch)} ({arch.target}), {torch.get_num_threads()} threads"
+
+
 def slug(processor: str) -> str:
     """A folder's name for a CPU, as in `cpu-intel-xeon-processor`."""
     words = re.sub(r"\([^)]*\)|@.*", " ", processor.removeprefix(PROCESSOR).lower())

@@ -7,20 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import torch
 
-from specattn_bench import ceilings, options, plans, plots, report, verify_modelled, verify_report
+from specattn_bench import ceilings, modelled_report, options, plots, report, runs, verify_report
 from specattn_bench.ceilings import Ceilings
-from specattn_bench.verify_measured import measure_case, require_plans
-from specattn_bench.verify_modelled import Modelled
-from specattn_bench.verify_series import SCORES, Asked, Case, Series
+from specattn_bench.measured import require_plans
+from specattn_bench.options import Common, Places
+from specattn_bench.verify_measured import measure_case
+from specattn_bench.verify_series import SCORES, Asked, Case
 from specattn_bench.verify_standing import Standing, standings
-from specattn_codegen import cpu_info
-from specattn_codegen.arch import Arch
-from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
-from specattn_codegen.jobs import CompileJob
-from specattn_codegen.outcome import Outcome
 from specattn_codegen.spec import Dtype, Workload
 
 HELP = """Times verification attention on this CPU beside torch's attention, or models it on a GPU.
@@ -49,7 +44,6 @@ Examples:
   specattn-bench verify --plan key_tile=64 --plan split_keys=2048 --json trial.json --plot trial.png
   specattn-bench verify --gpu h100 --gpu a100
 """
-BUSY = 0.7  # load average before a run above which its times are not to be believed
 
 
 @click.command("verify", help=HELP, short_help="Verification attention, with and without scores.")
@@ -63,50 +57,24 @@ BUSY = 0.7  # load average before a run above which its times are not to be beli
     help="Requests; may be repeated.  [default: 1; with --gpu 1, 16]",
 )
 @click.option("--scores", multiple=True, type=click.Choice(list(SCORES)), help="May be repeated.  [default: all]")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME|all", help="Model this GPU instead; may be repeated.")
-def command(
-    heads: str,
-    dtypes: tuple[Dtype, ...],
-    page_size: int,
-    seconds: float,
-    threads: int | None,
-    plan: tuple[str, ...],
-    plan_source: plans.PlanSource,
-    json_path: Path | None,
-    plot_path: Path | None,
-    save: bool,
-    keys: int,
-    rows: tuple[int, ...],
-    batch: tuple[int, ...],
-    scores: tuple[str, ...],
-    gpus: tuple[str, ...],
-) -> None:
-    archs = options.gpus_named(gpus)
+def command(common: Common, keys: int, rows: tuple[int, ...], batch: tuple[int, ...], scores: tuple[str, ...]) -> None:
     cases = find_cases(
-        dtypes or (("bfloat16",) if archs else ("float32", "bfloat16")),
-        batch or ((1, 16) if archs else (1,)),
+        common.dtypes or (("bfloat16",) if common.gpus else ("float32", "bfloat16")),
+        batch or ((1, 16) if common.gpus else (1,)),
         rows or (1, 5, 8),
         keys,
     )
     asked = Asked(
-        heads=options.heads_of(heads),
+        heads=common.heads,
         cases=cases,
         scores=scores or tuple(SCORES),
-        page_size=page_size,
-        plan_source=plan_source,
-        overrides=plans.parse_overrides(plan),
+        page_size=common.page_size,
+        plans=common.plans,
     )
-    if archs:
-        if plot_path or save:
-            raise SpecError("--plot and --save are for what was measured; with --gpu use --json")
-        model(asked, archs, json_path)
-        return
-    if threads is not None:
-        torch.set_num_threads(threads)
-    arch = cpu_info.detect(measure=False)
-    places = options.report_paths("verify", arch, json_path, save=save)
-    options.require_picture(plot_path)
-    measure(asked, arch, options.require_seconds(seconds), places, plot_path)
+    if common.gpus:
+        modelled_report.answer("verify", common, asked.for_gpus(), f"{keys} keys", verify_report.settings(asked))
+    else:
+        measure(asked, common.here("verify"), common.seconds)
 
 
 def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[int], keys: int) -> tuple[Case, ...]:
@@ -118,46 +86,31 @@ def find_cases(dtypes: Sequence[Dtype], batches: Sequence[int], rows: Sequence[i
     )
 
 
-def measure(asked: Asked, arch: Arch, seconds: float, places: Sequence[Path], plot_path: Path | None) -> None:
-    """Times every case, prints the answer, writes it to `places` and draws it."""
-    require_plans(asked, arch)
-    load = report.load_average()
-    series, before, after = time_cases(asked, arch, seconds)
-    best = ceilings.best(before, after)
-    found = standings(series, asked, best)
-    device = f"{report.processor(arch)} ({arch.target}), {torch.get_num_threads()} threads"
-    title = f"measured: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys, {device}"
-    verify_report.show(series, found, (before, after), title, report.screen())
-    if load > BUSY:
-        report.screen().print(f"the machine was busy before the run (load average {load}): repeat it when it is idle")
+def measure(asked: Asked, places: Places, seconds: float) -> None:
+    """Times every case, prints the answer, writes it and draws it."""
+    arch = places.arch
+    require_plans(asked.kernels(), arch, asked.plans)
+    dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in asked.cases]))
+    run = runs.time_cases(
+        asked.cases,
+        lambda case: measure_case(asked, case, arch, seconds),
+        lambda: ceilings.measure(arch, dtypes),
+    )
+    found = standings(run.series, asked, run.best)
+    title = f"measured: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys, {report.device(arch)}"
+    verify_report.show(run, found, title, report.screen())
     by_series = {standing.series: standing for standing in found}
     answer = {
-        **report.header("verify", arch, load),
+        **report.header("verify", arch, run.load),
         **verify_report.settings(asked),
         "seconds_a_case": seconds,
-        "ceilings": {"before": to_plain(before), "after": to_plain(after), "best": to_plain(best)},
-        "results": [verify_report.result(one, by_series.get(one)) for one in series],
+        "ceilings": run.ceilings,
+        "results": [verify_report.result(one, by_series.get(one)) for one in run.series],
     }
-    for place in places:
+    for place in places.json:
         report.write_json(place, answer)
-    if plot_path is not None:
-        picture(plot_path, title, best, found)
-
-
-def time_cases(asked: Asked, arch: Arch, seconds: float) -> tuple[list[Series], Ceilings, Ceilings]:
-    """All series, and the ceilings before and after them."""
-    dtypes: list[Dtype] = list(dict.fromkeys([case.dtype for case in asked.cases]))
-    series: list[Series] = []
-    with report.Bar(len(asked.cases)) as bar:
-        bar.say("ceilings")
-        before = ceilings.measure(arch, dtypes)
-        for case in asked.cases:
-            bar.say(case.name)
-            series += measure_case(asked, case, arch, seconds)
-            bar.advance()
-        bar.say("ceilings")
-        after = ceilings.measure(arch, dtypes)
-    return series, before, after
+    if places.picture is not None:
+        picture(places.picture, title, run.best, found)
 
 
 def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -> None:
@@ -184,34 +137,3 @@ def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -
         },
     )
     plots.draw(path, title, best, points, bars, plots.colours(list(ours), list(theirs)))
-
-
-def model(asked: Asked, archs: Sequence[Arch], json_path: Path | None) -> None:
-    """Predicts every case on every GPU, prints the answer and writes it."""
-    for arch in archs:
-        plans.require_known(asked.overrides, asked.specs(), arch)
-    if json_path is not None:
-        report.require_writable(json_path, "--json")
-    found = predict_cases(asked, archs)
-    title = f"modelled: {asked.heads.name}, {asked.cases[0].workload.kv_len} keys; no GPU was timed"
-    verify_report.show_modelled(found, title, report.screen())
-    if json_path is not None:
-        answer = {
-            "question": "verify",
-            "label": "modelled",
-            **verify_report.settings(asked),
-            "results": [verify_report.modelled_result(one) for one in found],
-        }
-        report.write_json(json_path, answer)
-
-
-def predict_cases(asked: Asked, archs: Sequence[Arch]) -> list[Modelled]:
-    chosen = verify_modelled.choices(asked, archs)
-    jobs = verify_modelled.compile_jobs(chosen)
-    outcomes: dict[CompileJob, Outcome] = {}
-    with report.Bar(len(jobs)) as bar:
-        bar.say("compiling")
-        for job, outcome in verify_modelled.compiled(jobs):
-            outcomes[job] = outcome
-            bar.advance()
-    return verify_modelled.predicted(chosen, outcomes)

@@ -1,13 +1,13 @@
-"""What is asked of verification: the score definitions by name, the cases, and what became of each series."""
+"""What is asked of verification: the score definitions by name, the cases, and the series of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from specattn_bench.plans import Chosen, Overrides, PlanSource
+from specattn_bench import series
+from specattn_bench.modelled import Wanted
+from specattn_bench.plans import Plans
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import Timing
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreSpec, Workload
 
 SCORES: dict[str, ScoreSpec | None] = {
@@ -17,8 +17,6 @@ SCORES: dict[str, ScoreSpec | None] = {
     "ends-layer": ScoreSpec(rows="ends", heads="layer"),
     "all-kv_head": ScoreSpec(rows="all", heads="kv_head"),
 }
-
-Kind = Literal["ours", "peer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +32,10 @@ class Case:
         requests = f"{self.workload.batch} requests, " if self.workload.batch > 1 else ""
         return f"{self.dtype}, {requests}{rows}"
 
+    def facts(self) -> dict[str, object]:
+        size = self.workload
+        return {"dtype": self.dtype, "batch": size.batch, "rows": size.q_len, "keys": size.kv_len}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -43,8 +45,7 @@ class Asked:
     cases: tuple[Case, ...]
     scores: tuple[str, ...]
     page_size: int
-    plan_source: PlanSource
-    overrides: Overrides
+    plans: Plans
 
     def spec(self, case: Case, scores: str, *, page_size: int = 0) -> KernelSpec:
         """The kernel of one of SCORES; page_size only where a kernel is specialised to it."""
@@ -52,28 +53,28 @@ class Asked:
             op="verify_attention", heads=self.heads, dtype=case.dtype, page_size=page_size, score=SCORES[scores]
         )
 
-    def specs(self) -> list[KernelSpec]:
-        return [self.spec(case, scores) for case in self.cases for scores in self.scores]
+    def kernels(self) -> list[tuple[KernelSpec, Workload]]:
+        return [(self.spec(case, scores), case.workload) for case in self.cases for scores in self.scores]
+
+    def for_gpus(self) -> list[Wanted]:
+        return [
+            Wanted(
+                case=case.name,
+                series="no scores" if scores == "none" else scores,
+                spec=self.spec(case, scores, page_size=self.page_size),
+                workload=case.workload,
+            )
+            for scores in self.scores
+            for case in self.cases
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """One way to do the case's work. refused says why it was not timed; timing is None exactly then.
+class Series(series.Series[Case]):
+    """name: of ours the score definition, one of SCORES; scored: whether it gives scores besides the output."""
 
-    name    of ours the score definition, one of SCORES; of a peer how it goes about it
-    scored  whether it gives scores besides the output
-    """
-
-    case: Case
-    name: str
-    kind: Kind
     scored: bool
-    chosen: Chosen | None = None
-    timing: Timing | None = None
-    refused: str = ""
 
     @property
     def label(self) -> str:
-        if self.kind == "peer":
-            return self.name
-        return f"ours, {self.name if self.scored else 'no scores'}"
+        return self.name if self.kind == "peer" else f"ours, {self.name if self.scored else 'no scores'}"

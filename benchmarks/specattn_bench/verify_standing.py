@@ -9,7 +9,6 @@ from specattn_bench import peers
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.roofline import Floor, cache_bytes, floor_of, method_work
 from specattn_bench.verify_series import Asked, Series
-from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.outcome import Timing
 
 
@@ -19,7 +18,7 @@ class Standing:
 
     cache_gbs           10^9 bytes of K and V a second, each counted once
     share_of_read       of the read ceiling of the same run
-    work, floor         the least bytes and operations of the task, and the time they take at the ceilings
+    floor               the time that the least bytes and operations take at the ceilings
     share_of_floor      floor over median
     method_share        the same with what the plan's way to scores adds; ours with scores only
     over_none           median over that of ours without scores, less 1; ours with scores only
@@ -29,7 +28,6 @@ class Standing:
 
     series: Series
     timing: Timing
-    work: Work
     cache_gbs: float
     share_of_read: float
     floor: Floor
@@ -42,12 +40,12 @@ class Standing:
 
     @property
     def gflops(self) -> float:
-        return self.work.operations / self.timing.median_us / 1e3
+        return self.series.work.operations / self.timing.median_us / 1e3
 
     @property
     def intensity(self) -> float:
         """Operations a byte that must be moved."""
-        return self.work.operations / self.work.memory_bytes
+        return self.series.work.operations / self.series.work.memory_bytes
 
 
 def standings(series: Sequence[Series], asked: Asked, ceilings: Ceilings) -> list[Standing]:
@@ -64,8 +62,7 @@ def _standing(
     theirs = {other.name: median for other, median in same if other.kind == "peer"}
     case, median = series.case, timing.median_us
     spec = asked.spec(case, series.name if series.kind == "ours" else "none")
-    work = least_work(spec, case.workload)
-    floor = floor_of(work, case.dtype, ceilings)
+    floor = floor_of(series.work, case.dtype, ceilings)
     rate = cache_bytes(spec, case.workload) / median / 1e3
     is_scored = series.kind == "ours" and series.scored
     method_share = None
@@ -75,7 +72,6 @@ def _standing(
     return Standing(
         series=series,
         timing=timing,
-        work=work,
         cache_gbs=rate,
         share_of_read=rate / ceilings.bandwidth_gbs,
         floor=floor,

@@ -1,4 +1,4 @@
-"""Verification on GPUs that are not here: kernels compiled for them, and what the cost model makes of them."""
+"""Kernels on GPUs that are not here: compiled for them, and what the cost model makes of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from specattn_bench.plans import Chosen, NotServedError, choose
-from specattn_bench.verify_series import Asked, Case
+from specattn_bench import report
+from specattn_bench.plans import Chosen, NotServedError, Plans, choose
 from specattn_codegen import cost_model, cpu_info
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import Prediction
 from specattn_codegen.jobs import CompileJob
 from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.spec import KernelSpec
+from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.worker import WorkerPool
 
 COMPILE_SECONDS = 120.0
@@ -22,29 +22,46 @@ COMPILER = {"TRITON_INTERPRET": None}  # what the workers' environment must not 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A kernel at a size. case and series say what it is called in the answer."""
+
+    case: str
+    series: str
+    spec: KernelSpec
+    workload: Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Modelled:
     """One kernel on one GPU at one size. refused says why there is no prediction, which is None exactly then."""
 
     arch: Arch
-    case: Case
-    scores: str
-    spec: KernelSpec
+    wanted: Wanted
     chosen: Chosen | None = None
     resources: tuple[Resources, ...] = ()
     prediction: Prediction | None = None
     refused: str = ""
 
 
-def choices(asked: Asked, archs: Sequence[Arch]) -> list[Modelled]:
-    """The plan of every kernel and size, or why the GPU does not serve it. Raises SpecError for bad overrides."""
-    return [_chosen(asked, arch, case, scores) for arch in archs for scores in asked.scores for case in asked.cases]
+def model(wanted: Sequence[Wanted], archs: Sequence[Arch], plans: Plans) -> list[Modelled]:
+    """Every kernel on every GPU. Raises SpecError for bad overrides."""
+    for arch in archs:
+        plans.require_known([one.spec for one in wanted], arch)
+    chosen = [_chosen(one, arch, plans) for arch in archs for one in wanted]
+    jobs = compile_jobs(chosen)
+    outcomes: dict[CompileJob, Outcome] = {}
+    with report.Bar(len(jobs)) as bar:
+        bar.say("compiling")
+        for job, outcome in compiled(jobs):
+            outcomes[job] = outcome
+            bar.advance()
+    return [_predicted(one, outcomes) for one in chosen]
 
 
-def _chosen(asked: Asked, arch: Arch, case: Case, scores: str) -> Modelled:
-    spec = asked.spec(case, scores, page_size=asked.page_size)
-    modelled = Modelled(arch=arch, case=case, scores=scores, spec=spec)
+def _chosen(wanted: Wanted, arch: Arch, plans: Plans) -> Modelled:
+    modelled = Modelled(arch=arch, wanted=wanted)
     try:
-        chosen = choose(spec, case.workload, arch, asked.plan_source, asked.overrides)
+        chosen = choose(wanted.spec, wanted.workload, arch, plans)
     except NotServedError as error:
         return dataclasses.replace(modelled, refused=f"not served: {error}")
     return dataclasses.replace(modelled, chosen=chosen, resources=chosen.resources)
@@ -59,7 +76,7 @@ def compile_jobs(modelled: Sequence[Modelled]) -> list[CompileJob]:
 def _job(modelled: Modelled) -> CompileJob | None:
     if modelled.chosen is None or modelled.resources:
         return None
-    return CompileJob(spec=modelled.spec, plan=modelled.chosen.plan, arch=modelled.arch)
+    return CompileJob(spec=modelled.wanted.spec, plan=modelled.chosen.plan, arch=modelled.arch)
 
 
 def compiled(jobs: Sequence[CompileJob]) -> Iterator[tuple[CompileJob, Outcome]]:
@@ -69,11 +86,6 @@ def compiled(jobs: Sequence[CompileJob]) -> Iterator[tuple[CompileJob, Outcome]]
     size = min(cpu_info.core_count(), len(jobs))
     with WorkerPool[CompileJob](size=size, deadline_s=COMPILE_SECONDS, environment=COMPILER) as pool:
         yield from pool.run(jobs)
-
-
-def predicted(modelled: Sequence[Modelled], outcomes: Mapping[CompileJob, Outcome]) -> list[Modelled]:
-    """With a prediction each, or the compiler's reason why there is none."""
-    return [_predicted(one, outcomes) for one in modelled]
 
 
 def _predicted(modelled: Modelled, outcomes: Mapping[CompileJob, Outcome]) -> Modelled:
@@ -86,6 +98,6 @@ def _predicted(modelled: Modelled, outcomes: Mapping[CompileJob, Outcome]) -> Mo
             return dataclasses.replace(modelled, refused=f"not served: {outcome.status.value}, {outcome.detail}")
         resources = outcome.resources
     prediction = cost_model.predict(
-        modelled.spec, modelled.case.workload, modelled.chosen.plan, modelled.arch, resources
+        modelled.wanted.spec, modelled.wanted.workload, modelled.chosen.plan, modelled.arch, resources
     )
     return dataclasses.replace(modelled, resources=resources, prediction=prediction)
