@@ -28,6 +28,7 @@ NEEDS = {
     "generic": set[str](),
 }
 DEFAULT_LAST_LEVEL_CACHE = 32 << 20  # where the kernel does not say
+READ_CACHES = 16  # what a read ceiling goes over, in last-level caches: four still find an eighth of it there
 REPEATS = 5
 RATES = ("bandwidth_gbs", "fp32_tflops", "bf16_tflops")
 
@@ -85,14 +86,18 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def read_bytes(cache_bytes: int) -> int:
+    """What a read ceiling goes over."""
+    return min(READ_CACHES * cache_bytes, memory_bytes() // 4)
+
+
 def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, float]:
-    """bandwidth_gbs: best of several read patterns over four times the last-level cache (at most a quarter of the
-    memory); fp32_tflops and bf16_tflops: the multiply-add rates. All threads; best of several repeats, since these are
-    ceilings."""
+    """bandwidth_gbs: best of several read patterns over many times the last-level cache; fp32_tflops and bf16_tflops:
+    the multiply-add rates. All threads; best of several repeats, since these are ceilings."""
     library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=target), target, "the machine probe")
     for function in (library.read_seconds, library.multiply_add_seconds, library.bf16_seconds):
         function.restype = ctypes.c_double
-    count = min(4 * cache_bytes, memory_bytes() // 4) // 4
+    count = read_bytes(cache_bytes) // 4
     data, sink = torch.ones(count), torch.empty(threads)
     pointer, sink_pointer = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(sink.data_ptr())
     read = min(
@@ -115,7 +120,7 @@ def measure_rates(target: str, threads: int, cache_bytes: int) -> dict[str, floa
 def _cached_rates(target: str, threads: int, cache_bytes: int, *, refresh: bool) -> dict[str, float]:
     """Rates are ceilings, so of several measurements the best is kept: a busy moment must not lower one for good."""
     model = _cpuinfo().get("model name", platform.processor())
-    file = paths.cache_dir() / "machine" / f"{digest(model, target, threads, cache_bytes)}.json"
+    file = paths.cache_dir() / "machine" / f"{digest(model, target, threads, read_bytes(cache_bytes))}.json"
     known: dict[str, float] = {}
     try:
         stored = json.loads(file.read_text())

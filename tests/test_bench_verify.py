@@ -182,12 +182,16 @@ def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
     assert (computed.microseconds, computed.bound) == (pytest.approx(3.0), "operations")
 
 
-def test_a_plan_that_keeps_weights_writes_and_reads_them() -> None:
+def test_exact_weights_are_kept_or_made_again() -> None:
     workload = Workload(batch=2, q_len=5, kv_len=105)
     spec = KernelSpec(op="verify_attention", heads=HEADS, score=SCORES["ends-layer"])
     least = least_work(spec, workload)
-    kept = method_work(spec, workload, Plan.of("cpu", score_dump="float16"))
+    kept = method_work(spec, workload, Plan.of("cpu", score_method="dump", score_dump="float16"))
     assert kept.memory_bytes - least.memory_bytes == 2 * (2 * 2 * 4 * 100) * 2  # both ways, requests, ends, heads, keys
+    again = method_work(spec, workload, Plan.of("cpu", score_method="remat", score_dump="float16"))
+    per_key = HEADS.num_kv_heads * HEADS.head_dim * spec.cache_bytes
+    assert again.memory_bytes - least.memory_bytes == 2 * 100 * per_key
+    assert again.operations - least.operations == 2 * (2 * 2 * 4 * 100) * HEADS.head_dim
     assert method_work(spec, workload, Plan.of("cpu", key_tile=32)) == least
 
 

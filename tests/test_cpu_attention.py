@@ -185,10 +185,31 @@ def test_every_plan_gives_the_same_numbers(changes: dict[str, Setting], rows: in
     assert result.passed, result.detail
 
 
-def emulated_amx_kernel(spec: KernelSpec) -> cpu.CpuKernel:
+REMADE = [ScoreSpec(), ScoreSpec(rows="ends", heads="layer"), ScoreSpec(rows="last", granularity="page_max")]
+
+
+@pytest.mark.parametrize("product", ["fma", "bf16"])
+@pytest.mark.parametrize("score", REMADE, ids=lambda score: score.name)
+def test_weights_made_again_score_as_weights_kept(score: ScoreSpec, product: str) -> None:
+    """Also where rows lie apart in the window, and where a task takes one head of several."""
+    skip_unless_multiplied(product)
+    dump = "bfloat16" if product == "bf16" else "float16"
+    for heads, task_heads in ((SMALL, "all"), (ODD_HEADS["all of them, Dv != D"], "one"), (ODD_HEADS["window"], "all")):
+        changes: dict[str, Setting] = {"product": product, "heads_per_task": task_heads, "score_dump": dump}
+        spec = verify_spec(heads, "bfloat16", score)
+        kept = kernel_for(spec, changes=changes)
+        remade = kernel_for(spec, changes={**changes, "score_method": "remat"})
+        for q_lens, kv_lens, page_size in RAGGED[1:]:
+            problem = attention_problem(spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=5)
+            result = verdict(remade, problem)
+            assert result.passed, result.detail
+            assert torch.equal(run(remade, problem).out, run(kept, problem).out)
+
+
+def emulated_amx_kernel(spec: KernelSpec, **changes: Setting) -> cpu.CpuKernel:
     """The tile engine with its AMX instructions in plain C++; the rest of it needs AVX512_BF16."""
     arch = dataclasses.replace(cpu_info.detect(measure=False), target="amx-bf16")
-    source = render(spec, space.default_plan(spec, arch, "cpu"), arch.target)
+    source = render(spec, space.default_plan(spec, arch, "cpu").replace(**changes), arch.target)
     emulation = (Path(__file__).parent / "emulation" / "amx.h").read_text()
     include = "#include <immintrin.h>\n"
     assert source.text.count(include) == 1
@@ -200,12 +221,19 @@ def emulated_amx_kernel(spec: KernelSpec) -> cpu.CpuKernel:
 @pytest.mark.parametrize("name", ["plain", "all of them, Dv != D"])
 def test_the_tile_engine_on_emulated_amx(name: str) -> None:
     heads = {"plain": SMALL, **ODD_HEADS}[name]
-    for score in (ScoreSpec(), ScoreSpec(normaliser="reference"), ScoreSpec(value="logit", heads="layer")):
-        kernel = emulated_amx_kernel(verify_spec(heads, "bfloat16", score))
+    kernels = [
+        emulated_amx_kernel(verify_spec(heads, "bfloat16", score))
+        for score in (ScoreSpec(), ScoreSpec(normaliser="reference"), ScoreSpec(value="logit", heads="layer"))
+    ]
+    kernels += [
+        emulated_amx_kernel(verify_spec(heads, "bfloat16", score), score_method="remat")
+        for score in (ScoreSpec(), ScoreSpec(rows="ends"))
+    ]
+    for kernel in kernels:
         for q_lens, kv_lens, page_size in RAGGED[1:]:
             problem = attention_problem(kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=page_size, seed=5)
             result = verdict(kernel, problem)
-            assert result.passed, (score, result.detail)
+            assert result.passed, (kernel.spec.name, result.detail)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd", "interleaved"])

@@ -48,6 +48,7 @@ def test_every_rule_says_why() -> None:
         "needs amx-bf16": plan.replace(product="amx", score_dump="bfloat16"),
         "not one of": plan.replace(key_tile=40),
         "others in bfloat16": plan.replace(score_dump="bfloat16"),
+        "keeps no weights": plan.replace(score_method="remat", score_dump="float32"),
         "this space has": Plan.of("cpu", key_tile=32),
         "does not run on cpu": Plan.of("triton", block_n=32),
     }

@@ -24,7 +24,7 @@ LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """bandwidth_gbs: best of several read patterns over at least four times the last-level cache; tflops by dtype: the
+    """bandwidth_gbs: best of several read patterns over many times the last-level cache; tflops by dtype: the
     better of multiply-adds in registers and torch's matrix product; gather_gbs by bytes of a row: the best of several
     ways to read rows that lie at random, in as much memory. All threads, 10^9 and 10^12 a second."""
 
@@ -49,12 +49,12 @@ def measure(arch: Arch, dtypes: Sequence[Dtype], row_bytes: Sequence[int] = ()) 
 
 
 def gather_gbs(arch: Arch, row_bytes: int) -> float:
-    """10^9 bytes a second of rows of whole cache lines, each read once, in an order drawn at random, out of four times
+    """10^9 bytes a second of rows of whole cache lines, each read once, in an order drawn at random, out of many times
     the last-level cache; the best of several ways to overlap them."""
     library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=arch.target), arch.target, "the machine probe")
     library.gather_seconds.restype = ctypes.c_double
     lines, threads = -(-row_bytes // LINE_BYTES), torch.get_num_threads()
-    data = torch.ones(4 * arch.l2_bytes // 4)
+    data = torch.ones(cpu_info.read_bytes(arch.l2_bytes) // 4)
     rows = torch.randperm(data.nbytes // (lines * LINE_BYTES), generator=torch.Generator().manual_seed(0))
     sink = torch.empty(threads)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (data, rows, sink)]

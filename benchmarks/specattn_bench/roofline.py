@@ -36,12 +36,19 @@ def cache_bytes(spec: KernelSpec, workload: Workload) -> int:
 
 
 def method_work(spec: KernelSpec, workload: Workload, plan: Plan) -> Work:
-    """The least work, and the weights of scored rows that a plan keeps until their log-sum-exp is known: written and
-    read once each, were none of them to stay in a cache."""
+    """The least work, and what exact weights cost besides: kept until the log-sum-exps of the scored rows are known,
+    they are written and read once each, were none of them to stay in a cache; made again, K is read and multiplied a
+    second time."""
     least, settings = least_work(spec, workload), plan.as_dict()
-    if spec.score is None or "score_dump" not in settings:
+    if spec.score is None or "score_method" not in settings:
         return least
     rows = {"all": workload.q_len, "ends": min(2, workload.q_len), "last": 1}[spec.score.rows]
-    weights = workload.batch * rows * spec.heads.num_q_heads * (workload.kv_len - workload.q_len)
-    kept = 2 * weights * DTYPE_BYTES[str(settings["score_dump"])]
-    return Work(memory_bytes=least.memory_bytes + kept, operations=least.operations)
+    prefix, heads = workload.batch * (workload.kv_len - workload.q_len), spec.heads
+    weights = rows * heads.num_q_heads * prefix
+    if settings["score_method"] == "dump":
+        kept = 2 * weights * DTYPE_BYTES[str(settings["score_dump"])]
+        return Work(memory_bytes=least.memory_bytes + kept, operations=least.operations)
+    return Work(
+        memory_bytes=least.memory_bytes + prefix * heads.num_kv_heads * heads.head_dim * spec.cache_bytes,
+        operations=least.operations + 2 * weights * heads.head_dim,
+    )

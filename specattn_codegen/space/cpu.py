@@ -30,14 +30,15 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("heads_per_task", ("one",) if _has_a_selection_per_head(spec) else ("one", "all")),
         Axis("prefetch", ("none", "next_tile", "next_tile_l1")),
     )
-    if not keeps_weights(spec):
+    if not has_exact_weights(spec):
         return attention
     dumps = {"float32": ("float32",), "float16": ("float16", "float32"), "bfloat16": ("bfloat16", "float16", "float32")}
-    return (*attention, Axis("score_dump", dumps[spec.dtype]))
+    return (*attention, Axis("score_method", ("dump", "remat")), Axis("score_dump", dumps[spec.dtype]))
 
 
-def keeps_weights(spec: KernelSpec) -> bool:
-    """Whether every scored row's weights wait in the workspace until its log-sum-exp is known."""
+def has_exact_weights(spec: KernelSpec) -> bool:
+    """Whether scores need each row's log-sum-exp: its weights wait in the workspace until it is known (dump), or are
+    made again from K then (remat), which reads more and needs no workspace."""
     score = spec.score
     return score is not None and score.value == "weight" and score.normaliser == "exact"
 
@@ -56,7 +57,7 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
         return Plan.of("cpu", sampled=1024)
     product, key_tile = "fma", 32
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
-        product, key_tile = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16", 64
+        product, key_tile = ("amx", 64) if arch.target in PRODUCT_TARGETS["amx"] else ("bf16", 32)
     whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",
@@ -66,11 +67,16 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
         heads_per_task="all" if whole_layer else "one",
         prefetch="next_tile",
     )
-    if not keeps_weights(spec):
+    if not has_exact_weights(spec):
         return plan
-    return plan.replace(
-        score_dump="bfloat16" if product != "fma" else "float32" if spec.dtype == "float32" else "float16"
-    )
+    return plan.replace(score_method="dump", score_dump=_smallest_dump(spec, product))
+
+
+def _smallest_dump(spec: KernelSpec, product: str) -> str:
+    """The smallest type that holds weights as a product leaves them within their tolerance."""
+    if product != "fma":
+        return "bfloat16"
+    return "float32" if spec.dtype == "float32" else "float16"
 
 
 def batch_invariant(plan: Plan) -> Plan:
@@ -90,6 +96,12 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
         return f"key_tile={plan['key_tile']} is narrower than the {LANES[arch.target]} lanes of {arch.target}"
     if plan.integer("split_keys") % plan.integer("key_tile"):
         return f"split_keys={plan['split_keys']} is not a multiple of key_tile={plan['key_tile']}"
-    if keeps_weights(spec) and (plan["score_dump"] == "bfloat16") != (product != "fma"):
+    if has_exact_weights(spec) and (plan["score_dump"] == "bfloat16") != (product != "fma"):
         return f"score_dump={plan['score_dump']}: product=fma has weights in float32, the others in bfloat16"
+    if (
+        has_exact_weights(spec)
+        and plan["score_method"] == "remat"
+        and plan["score_dump"] != _smallest_dump(spec, product)
+    ):
+        return f"score_dump={plan['score_dump']}: score_method=remat keeps no weights; leave the smallest"
     return None

@@ -4,7 +4,7 @@
 //
 // A task is one KV head (or all of them) over split_keys keys. Splits have a fixed length, so a row's result does not
 // depend on the other requests of its batch nor on the number of threads.
-    #include <math.h>
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -38,7 +38,7 @@ typedef bf16 Element;  // of q and out
 typedef bf16 Cached;  // of the KV cache
 
 // ---- the plan ----
-constexpr int KEY_TILE = 64;
+constexpr int KEY_TILE = 32;
 constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
 
 // ---- vectors: avx512-bf16 ----
@@ -462,10 +462,9 @@ static void soften(const Scratch& s, int rows, float* row_max, float* row_sum) {
     }
 }
 
-// Folds one tile of one head into its running results; `first` is the head's first packed row.
-static void fold_tile(
-    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, int64_t first,
-    float* acc, float* row_max, float* row_sum
+// The logits of one tile and head, whose first packed row is `first`.
+static void logits_of_tile(
+    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, int64_t first
 ) {
     const int rows = r.rows * GROUP;
     const uint32_t* q = s.q + first * D_PAIRS;
@@ -475,6 +474,14 @@ static void fold_tile(
         dot_rows<block.ROWS>(q + block.first * D_PAIRS, s.k, s.logits + block.first * KEY_TILE, fetcher);
     });
     finish_logits(r, tile, s.logits);
+}
+
+// Folds one tile of one head, whose logits are there, into its running results.
+static void fold_tile(
+    const Request& r, const Tile& tile, const Rows& here, const Rows& ahead, const Scratch& s, float* acc,
+    float* row_max, float* row_sum
+) {
+    const int rows = r.rows * GROUP;
     soften(s, rows, row_max, row_sum);
     weigh_tile(acc, rows, s, here, ahead, tile.count);
 }
@@ -587,6 +594,27 @@ static void count_scores(const Arguments& a, int request, int row) {
 
 // ---- one task: every packed row of its KV heads over one split of the keys ----
 
+// Calls work(tile, head, its rows, the rows to fetch ahead) for every tile of a task and each of its heads.
+template <typename Work>
+static inline void for_tiles(const Arguments& a, const Request& r, const Task& task, Work work) {
+    const int selected = 0;
+    Tile tiles[2];
+    locate(a, r, task, selected, task.begin, tiles[0]);
+    for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
+        const Tile& tile = tiles[parity];
+        Tile& next = tiles[parity ^ 1];
+        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
+        else next.count = 0;
+        const Tile& following = next.count ? next : tile;
+        for (int h = 0; h < heads_per_task(r); h++) {
+            Rows here, ahead;
+            rows_of(a, tile, h, here);
+            rows_of(a, following, h, ahead);
+            work(tile, h, here, ahead);
+        }
+    }
+}
+
 static void attend_split(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
     const Request r = request_of(a, task.request);
     const int rows = r.rows * GROUP, first_head = task.first_head, task_heads = heads_per_task(r);
@@ -604,27 +632,26 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
     for (int64_t row = 0; row < task_rows; row++) row_max[row] = -INFINITY, row_sum[row] = 0.0f;
     memset(acc, 0, task_rows * DV_PADDED * sizeof(float));
 
-    const int selected = 0;
-    Tile tiles[2];
-    locate(a, r, task, selected, task.begin, tiles[0]);
-    for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
-        const Tile& tile = tiles[parity];
-        Tile& next = tiles[parity ^ 1];
-        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
-        else next.count = 0;
-        const Tile& following = next.count ? next : tile;
-        for (int h = 0; h < task_heads; h++) {
-            Rows here, ahead;
-            rows_of(a, tile, h, here);
-            rows_of(a, following, h, ahead);
-            const int64_t first = h * head_rows;
-            fold_tile(
-                r, tile, here, ahead, s, first, acc + first * DV_PADDED, row_max + first, row_sum + first);
-            if (tile.position[0] < r.first_position)
-                score_tile(
-                    a, w, r, tile, s, task.request, first_head + h, row_max + first, references + first);
-        }
-    }
+    for_tiles(a, r, task, [&](const Tile& tile, int h, const Rows& here, const Rows& ahead) {
+        const int64_t first = h * head_rows;
+        logits_of_tile(r, tile, here, ahead, s, first);
+        fold_tile(r, tile, here, ahead, s, acc + first * DV_PADDED, row_max + first, row_sum + first);
+        if (tile.position[0] < r.first_position)
+            score_tile(
+                a, w, r, tile, s, task.request, first_head + h, row_max + first, references + first);
+    });
+}
+
+// The task of one split, counted over all requests and heads.
+static Task task_of(const Arguments& a, const Workspace& w, int split) {
+    int block = 0;
+    while (w.split_offset[block + 1] <= split) block++;
+    const int request = block / NUM_KV_HEADS, index = split - w.split_offset[block];
+    const Request r = request_of(a, request);
+    const int task_heads = heads_per_task(r), first_head = block % NUM_KV_HEADS * task_heads;
+    const int begin = index * a.split_keys, keys = keys_of(a, r, request, first_head);
+    const int unit = w.unit_offset[block] + index * task_heads;
+    return {request, first_head, unit, begin, smaller(keys, begin + a.split_keys)};
 }
 
 // ---- merging the splits of one query row and head ----
@@ -701,17 +728,7 @@ extern "C" int run(const Arguments* arguments) {
     {
         char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
-        for (int split = 0; split < splits; split++) {
-            int block = 0;
-            while (w.split_offset[block + 1] <= split) block++;
-            const int request = block / NUM_KV_HEADS, index = split - w.split_offset[block];
-            const Request r = request_of(a, request);
-            const int task_heads = heads_per_task(r), first_head = block % NUM_KV_HEADS * task_heads;
-            const int begin = index * a.split_keys, keys = keys_of(a, r, request, first_head);
-            const int unit = w.unit_offset[block] + index * task_heads;
-            const Task task = {request, first_head, unit, begin, smaller(keys, begin + a.split_keys)};
-            attend_split(a, w, task, scratch);
-        }
+        for (int split = 0; split < splits; split++) attend_split(a, w, task_of(a, w, split), scratch);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < (int64_t)rows * NUM_Q_HEADS; item++) {
             const int row = (int)(item / NUM_Q_HEADS);
