@@ -275,6 +275,7 @@ def select_call(
     page_table: torch.Tensor | None = None,
     page_size: int = 1,
     slot_dtype: torch.dtype = torch.int32,
+    union: int = 1,
     out: Selection | None = None,
 ) -> SelectCall:
     """Checks a select_kv call and allocates what `out` does not give. Raises SpecError.
@@ -283,8 +284,8 @@ def select_call(
     """
     layers = (None,) * (scores.dim() - 3)
     _require(scores, "scores", (*layers, None, None, None), torch.float32, scores.device)
-    *leading, columns = scores.shape
-    batch = leading[-2]
+    *leading, score_rows, columns = scores.shape
+    batch = leading[-1]
     _require(prefix_lens, "prefix_lens", (batch,), torch.int32, scores.device)
     if sink < 0 or recent < 0 or block < 1:
         raise SpecError(f"sink={sink}, recent={recent}, block={block}: must be at least 0, 0 and 1 keys")
@@ -292,11 +293,14 @@ def select_call(
         raise SpecError(f"scores {tuple(scores.shape)} of {block} keys a column: at most 4 axes and {MAX_KEYS} keys")
     sink, recent = min(sink, columns * block), min(recent, columns * block)
     _check_page_table(page_table, page_size, batch, block, scores.device)
-    width = selection_width(policy, columns * block, sink, recent, block)
+    if union < 1 or score_rows % union:
+        raise SpecError(f"union={union}: must be at least 1 and divide the {score_rows} score rows of a request")
+    width = selection_width(policy, columns * block, sink, recent, block, union)
+    shape = (*leading, score_rows // union, width)
     if out is None:
-        out = _allocate_selection(scores, width, block, slot_dtype if page_table is not None else None)
+        out = _allocate_selection(shape, block, slot_dtype if page_table is not None else None, scores.device)
     else:
-        _check_selection_output(scores, width, block, page_table is not None, out)
+        _check_selection_output(shape, block, page_table is not None, out, scores.device)
     return SelectCall(
         scores=scores,
         prefix_lens=prefix_lens,
@@ -311,6 +315,7 @@ def select_call(
         page_table=page_table,
         page_size=page_size,
         slots=out.slots,
+        union=union,
     )
 
 
@@ -324,27 +329,28 @@ def _check_page_table(
         raise SpecError(f"page_size={page_size}, block={block}: slots need a page of a whole number of blocks")
 
 
-def _allocate_selection(scores: torch.Tensor, width: int, block: int, slot_dtype: torch.dtype | None) -> Selection:
+def _allocate_selection(
+    shape: tuple[int, ...], block: int, slot_dtype: torch.dtype | None, device: torch.device
+) -> Selection:
     if slot_dtype not in (None, *SLOT_DTYPES):
         raise SpecError(f"slot_dtype={slot_dtype}: must be torch.int32 or torch.int64")
-    shape = (*scores.shape[:-1], width)
     return Selection(
-        torch.empty(shape, dtype=torch.int32, device=scores.device),
-        torch.empty(shape[:-1], dtype=torch.int32, device=scores.device),
+        torch.empty(shape, dtype=torch.int32, device=device),
+        torch.empty(shape[:-1], dtype=torch.int32, device=device),
         block,
-        None if slot_dtype is None else torch.empty(shape, dtype=slot_dtype, device=scores.device),
+        None if slot_dtype is None else torch.empty(shape, dtype=slot_dtype, device=device),
     )
 
 
-def _check_selection_output(scores: torch.Tensor, width: int, block: int, wants_slots: bool, out: Selection) -> None:
-    rows = tuple(scores.shape[:-1])
-    _require(out.indices, "out.indices", (*rows, None), torch.int32, scores.device)
-    _require(out.counts, "out.counts", rows, torch.int32, scores.device)
+def _check_selection_output(
+    shape: tuple[int, ...], block: int, wants_slots: bool, out: Selection, device: torch.device
+) -> None:
+    *rows, width = shape
+    _require(out.indices, "out.indices", (*rows, None), torch.int32, device)
+    _require(out.counts, "out.counts", tuple(rows), torch.int32, device)
     _require_contiguous(indices=out.indices, counts=out.counts, slots=out.slots)
     if out.indices.shape[-1] < width:
-        raise SpecError(
-            f"out.indices has {out.indices.shape[-1]} columns: this policy may select {width} of {scores.shape[-1]}"
-        )
+        raise SpecError(f"out.indices has {out.indices.shape[-1]} columns: a row of this call may select {width}")
     if out.block != block:
         raise SpecError(f"out.block={out.block}: this call selects blocks of {block} keys")
     if wants_slots != (out.slots is not None):

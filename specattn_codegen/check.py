@@ -146,14 +146,19 @@ def check_selection(call: SelectCall) -> Verdict:
     in every column after a row's count, and the slots of those indices.
 
     Where rounding may decide, the count may lie anywhere between those of a mass MASS_TOLERANCE smaller and larger, and
-    the keys must be the best ones of that count.
+    the keys must be the best ones of that count; of a union, whose rows' counts nobody wrote down, any between.
     """
     scores, counts = call.scores.cpu(), call.counts.cpu()
     least, most = (_expected_selection(call, scores, policy) for policy in _mass_bounds(call.policy))
     possible = (counts >= least.counts) & (counts <= most.counts)
     expected = _padded(least.indices, call.indices.shape[-1])
     for row in (possible & (least.counts < most.counts)).nonzero().tolist():
-        expected[tuple(row)] = _best_of_row(call, scores, row)
+        if call.union == 1:
+            expected[tuple(row)] = _best_of_row(call, scores, row)
+        else:
+            expected[tuple(row)] = _possible_union(
+                *(s.indices[tuple(row)].cpu() for s in (least, most, call.selection))
+            )
     wrong = {"counts": ~possible, "indices": expected != call.indices.cpu()}
     if call.page_table is not None and call.slots is not None:
         slots = reference.physical_slots(expected, call.page_table.cpu(), call.slots_per_page)
@@ -173,7 +178,7 @@ def _expected_selection(call: SelectCall, scores: torch.Tensor, policy: Policy) 
     if call.thresholds is not None:
         policy = Threshold(call.thresholds.cpu())
     return reference.select_kv(
-        scores, call.prefix_lens.cpu(), policy, sink=call.sink, recent=call.recent, block=call.block
+        scores, call.prefix_lens.cpu(), policy, sink=call.sink, recent=call.recent, block=call.block, union=call.union
     )
 
 
@@ -191,6 +196,12 @@ def _best_of_row(call: SelectCall, scores: torch.Tensor, row: list[int]) -> torc
         block=call.block,
     )
     return _padded(chosen.indices, call.indices.shape[-1])[0, 0]
+
+
+def _possible_union(least: torch.Tensor, most: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The indices of a row found [K], but for what it must and what it must not have."""
+    keys = sorted((set(found.tolist()) & set(most.tolist()) | set(least.tolist())) - {-1})
+    return _padded(torch.tensor(keys, dtype=torch.int32), len(found))
 
 
 def _padded(indices: torch.Tensor, width: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from specattn_codegen.plan import Plan
-from specattn_codegen.policy import Policy
+from specattn_codegen.policy import Policy, selection_width
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import KernelSpec
 
@@ -62,6 +62,7 @@ class SelectCall:
 
     Outputs are written in place: indices [B, S, K] int32, counts [B, S] int32 and, where page_table [B, max_pages]
     int32 with its page_size is given, slots [B, S, K] int32 or int64. prefix_lens, sink and recent count keys.
+    `union` neighbouring score rows give one output row, so that outputs have S / union of them.
     thresholds [B, S] float32, at any strides, belong to a Threshold of a tensor; histogram [B, S, HISTOGRAM_BINS] int32
     counts the row's scores where verification left it. Scores, indices, counts, slots, thresholds and histogram may all
     have a leading layer axis.
@@ -80,6 +81,7 @@ class SelectCall:
     page_table: torch.Tensor | None = None
     page_size: int = 1
     slots: torch.Tensor | None = None
+    union: int = 1
 
     @property
     def selection(self) -> Selection:
@@ -95,6 +97,11 @@ class SelectCall:
         """Layers, requests, score rows and score columns."""
         batch, rows, columns = self.scores.shape[-3:]
         return self.scores.shape[0] if self.scores.dim() == 4 else 1, batch, rows, columns
+
+    @property
+    def row_width(self) -> int:
+        """Columns that hold what one score row selects."""
+        return selection_width(self.policy, self.scores.shape[-1] * self.block, self.sink, self.recent, self.block)
 
 
 Call = AttentionCall | SelectCall

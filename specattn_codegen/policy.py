@@ -153,11 +153,12 @@ def blocks_of(keys: int, block: int) -> int:
     return -(-keys // block)
 
 
-def selection_width(policy: Policy, max_prefix: int, sink: int, recent: int, block: int = 1) -> int:
-    """K: columns, each of `block` keys, that hold any row's selection out of `max_prefix` keys, forced keys included.
+def selection_width(policy: Policy, max_prefix: int, sink: int, recent: int, block: int = 1, union: int = 1) -> int:
+    """K: columns, each of `block` keys, that hold any row's selection out of `max_prefix` keys, forced keys included,
+    or the union of `union` such rows, which may have nothing in common.
 
     The recent keys touch a block more than they fill where they begin inside one.
     """
     touched = blocks_of(recent - 1, block) + 1 if recent else 0
     wanted = blocks_of(policy.most_keys(max_prefix), block)
-    return min(blocks_of(max_prefix, block), max(wanted, blocks_of(sink, block) + touched))
+    return min(blocks_of(max_prefix, block), union * max(wanted, blocks_of(sink, block) + touched))

@@ -130,8 +130,8 @@ def selection_calls(
     spec: KernelSpec, workload: Workload, seed: int, extent: Extent, device: str
 ) -> Iterator[SelectCall]:
     """The workload's own rows; then by every policy rows of few distinct scores, so that ties decide, of an empty
-    prefix and of one that the budget covers, with layers, blocks of keys and slots; and a row of many tiles, which
-    several blocks of a GPU may share."""
+    prefix and of one that the budget covers, with layers, unions, blocks of keys and slots; and a row of many tiles,
+    which several blocks of a GPU may share."""
     rows = spec.selection_heads
     prefix = max(1, min(workload.kv_len, extent.keys) - workload.q_len)
     own = random_scores(1, rows, [prefix], prefix, seed)
@@ -140,6 +140,7 @@ def selection_calls(
     tied = torch.round(random_scores(len(lengths), rows, lengths, extent.ragged + 7, seed + 1) * 200)
     yield _selection_call(tied, lengths, TopK(k=40), device, sink=3, recent=8)
     few = tied[:, :1].contiguous()
+    yield _selection_call(torch.cat([few, -few], dim=1), lengths, TopK(k=9), device, recent=2, union=2)
     yield _selection_call(few, lengths, TopP(0.95, min=10, max=60), device, sink=3, recent=8)
     table = torch.arange(len(lengths) * 20, dtype=torch.int32).view(len(lengths), 20).flip(1)
     yield _selection_call(
@@ -168,6 +169,7 @@ def _selection_call(
     block: int = 1,
     page_table: torch.Tensor | None = None,
     page_size: int = 1,
+    union: int = 1,
 ) -> SelectCall:
     prefix_lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
     return select_call(
@@ -179,4 +181,5 @@ def _selection_call(
         block=block,
         page_table=page_table,
         page_size=page_size,
+        union=union,
     )

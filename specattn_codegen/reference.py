@@ -225,10 +225,12 @@ def select_kv(
     block: int = 1,
     page_table: torch.Tensor | None = None,
     page_size: int = 1,
+    union: int = 1,
 ) -> Selection:
     """Forced first and recent keys, then the best scored others as far as the policy goes; smaller index on ties.
 
-    scores [B, S, N] or [L, B, S, N], each of `block` keys; with a page_table [B, max_pages] also physical slots.
+    scores [B, S, N] or [L, B, S, N], each of `block` keys; with a page_table [B, max_pages] also physical slots. What
+    `union` neighbouring score rows select is merged into one row.
     """
     *leading, score_rows, columns = scores.shape
     value = policy.value if isinstance(policy, Threshold) else 0.0
@@ -240,10 +242,11 @@ def select_kv(
         select_row(row, prefixes[request], policy, threshold, sink=sink, recent=recent, block=block)
         for row, request, threshold in zip(rows, requests, thresholds, strict=True)
     ]
+    chosen = [sorted(set().union(*chosen[first : first + union])) for first in range(0, len(chosen), union)]
     width = max((len(keys) for keys in chosen), default=0)
     indices = torch.tensor([keys + [-1] * (width - len(keys)) for keys in chosen], dtype=torch.int32)
-    counts = torch.tensor([len(keys) for keys in chosen], dtype=torch.int32).view(scores.shape[:-1])
-    indices = indices.view(*scores.shape[:-1], width)
+    counts = torch.tensor([len(keys) for keys in chosen], dtype=torch.int32).view(*leading, score_rows // union)
+    indices = indices.view(*leading, score_rows // union, width)
     slots = None if page_table is None else physical_slots(indices, page_table, page_size // block)
     return Selection(indices, counts, block, slots)
 

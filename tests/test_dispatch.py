@@ -167,14 +167,17 @@ SELECTIONS: dict[str, tuple[Policy, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-@pytest.mark.parametrize("shape", [(2, 2, 50), (3, 2, 2, 50)])
-def test_selection_as_an_operator(kernels: Kernels, name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "union"), [((2, 6, 50), 3), ((3, 2, 2, 50), 1)])
+def test_selection_as_an_operator(kernels: Kernels, name: str, shape: tuple[int, ...], union: int) -> None:
     policy, numbers = SELECTIONS[name]
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    prefix_lens, forced = torch.tensor([200, 70], dtype=torch.int32), {"sink": 3, "recent": 9, "block": 4}
+    prefix_lens, forced = (
+        torch.tensor([200, 70], dtype=torch.int32),
+        {"sink": 3, "recent": 9, "block": 4, "union": union},
+    )
     operator = torch.ops.specattn.select_kv.default
     assert set(torch.library.opcheck(operator, (scores, prefix_lens), numbers | forced).values()) == {"SUCCESS"}
-    expected = kernels.select_kv(scores, prefix_lens, policy, sink=3, recent=9, block=4)
+    expected = kernels.select_kv(scores, prefix_lens, policy, sink=3, recent=9, block=4, union=union)
     indices, counts = operator(scores, prefix_lens, **numbers, **forced)
     assert torch.equal(indices, expected.indices)
     assert torch.equal(counts, expected.counts)

@@ -38,15 +38,18 @@ policies: st.SearchStrategy[Policy] = st.one_of(
     sink=st.integers(0, 99),
     recent=st.integers(0, 99),
     block=st.integers(1, 17),
+    union=st.integers(1, 3),
 )
 def test_the_width_holds_every_selection(
-    policy: Policy, columns: int, missing: int, sink: int, recent: int, block: int
+    policy: Policy, columns: int, missing: int, sink: int, recent: int, block: int, union: int
 ) -> None:
-    """Even where every key scores alike and a partial last block makes the recent keys touch one more."""
+    """Even where every key scores alike, a partial last block makes the recent keys touch one more, and united rows
+    have nothing in common."""
     prefix = max(0, columns * block - missing)
-    scores, prefix_lens = torch.ones(1, 1, columns), torch.tensor([prefix])
-    selection = reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
-    assert int(selection.counts) <= selection_width(policy, columns * block, sink, recent, block) <= columns
+    prefix_lens = torch.tensor([prefix])
+    scores = torch.stack([(torch.arange(columns) % union == row).float() for row in range(union)])[None]
+    selection = reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block, union=union)
+    assert int(selection.counts) <= selection_width(policy, columns * block, sink, recent, block, union) <= columns
 
 
 def test_five_percent_of_a_prefix() -> None:

@@ -45,7 +45,7 @@ def test_default_plans_compile_and_fit(compiled: dict[str, Any], arch: str) -> N
     limits = gpus.find(arch)
     for name, spec, _ in compile_matrix.matrix(limits):
         kernels = {usage["kernel"]: usage for usage in compiled[f"{arch} {name}"]["resources"]}
-        expected = {"select_rows"} if spec.op == "select_kv" else {"attend_splits", "merge_splits"}
+        expected = {"select_rows", "unite_rows"} if spec.op == "select_kv" else {"attend_splits", "merge_splits"}
         assert set(kernels) == expected | ({"score_keys"} if spec.score else set())
         for usage in kernels.values():
             assert usage["spill_bytes"] == 0, (name, usage)

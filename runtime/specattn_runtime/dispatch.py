@@ -135,6 +135,7 @@ class Kernels:
         histogram: torch.Tensor | None = None,
         page_table: torch.Tensor | None = None,
         slot_dtype: torch.dtype = torch.int32,
+        union: int = 1,
         out: Selection | None = None,
         workspace: torch.Tensor | None = None,
     ) -> Selection:
@@ -144,7 +145,8 @@ class Kernels:
         axis of the scores goes through in one launch. block=n takes scores of n keys each; prefix_lens, budgets, sink
         and recent stay in keys. histogram is the one verification left with the same scores. With page_table
         [B, max_pages] int32 the selection also has slots, the blocks' places in the paged cache, of slot_dtype int32 or
-        int64.
+        int64. union=n takes scores [B, S * n, N], as of n verify rows for each KV head, and gives [B, S, K]: every key
+        that any of n neighbouring rows selects, once; K is at most n times what one row may select, and at most N.
         TopP takes masses, finite and not negative: other scores raise SpecError on the CPU; on a GPU, where looking at
         them would wait for the device, they give some selection of the forced keys and more.
         """
@@ -160,10 +162,11 @@ class Kernels:
             page_table=page_table,
             page_size=self.page_size,
             slot_dtype=slot_dtype,
+            union=union,
             out=out,
         )
         layers, batch, rows, columns = call.shape
-        heads: ScoreHeads = "kv_head" if rows == self.heads.num_kv_heads else "layer"
+        heads: ScoreHeads = "kv_head" if rows == union * self.heads.num_kv_heads else "layer"
         spec = self._spec("select_kv", None, heads)
         kernel = self._kernel(spec, layers * batch, 1, max(1, columns), call.indices.shape[-1])
         kernel.launch(call, self._workspace(kernel, call, workspace))

@@ -273,13 +273,14 @@ def select_kv(
     sink: int = 0,
     recent: int = 0,
     block: int = 1,
+    union: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns indices [B, S, K] and counts [B, S], with a leading layer axis if scores [B, S, N] have one.
+    """Returns indices [B, S, K] and counts [B, S], with a leading layer axis if scores [B, S * union, N] have one.
 
     Exactly one of k, ratio_ppm, p and threshold names the policy; min_keys and max_keys go with ratio_ppm and p.
     """
     policy = _policy(k, ratio_ppm, min_keys, max_keys, p, bisection_steps, threshold)
-    call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
+    call = select_call(scores, prefix_lens, policy, sink=sink, recent=recent, block=block, union=union)
     kernel = _selector(scores.device.type)
     kernel.launch(call, torch.empty(kernel.workspace_bytes(call), dtype=torch.uint8, device=scores.device))
     return call.indices, call.counts
@@ -299,10 +300,12 @@ def _(
     sink: int = 0,
     recent: int = 0,
     block: int = 1,
+    union: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     policy = _policy(k, ratio_ppm, min_keys, max_keys, p, bisection_steps, threshold)
-    width = selection_width(policy, scores.shape[-1] * block, sink, recent, block)
+    width = selection_width(policy, scores.shape[-1] * block, sink, recent, block, union)
+    rows = (*scores.shape[:-2], scores.shape[-2] // union)
     return (
-        torch.empty(*scores.shape[:-1], width, dtype=torch.int32, device=scores.device),
-        torch.empty(*scores.shape[:-1], dtype=torch.int32, device=scores.device),
+        torch.empty(*rows, width, dtype=torch.int32, device=scores.device),
+        torch.empty(*rows, dtype=torch.int32, device=scores.device),
     )

@@ -135,8 +135,8 @@ class _SelectArguments(ctypes.Structure):
     )
     _KEYS = ("policy", "k", "ratio_ppm", "min_keys", "max_keys", "sink", "recent", "block")
     _SIZES = (
-        *("layers", "batch", "rows", "columns", "width", "bisection_steps", "pages", "slots_per_page", "slot_bytes"),
-        "threads",
+        *("layers", "batch", "rows", "columns", "united", "width", "bisection_steps", "pages", "slots_per_page"),
+        *("slot_bytes", "threads"),
     )
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -184,7 +184,7 @@ def _select_arguments(call: SelectCall) -> _SelectArguments:
         *(numbers.policy, numbers.k, numbers.ratio_ppm, numbers.min_keys, numbers.max_keys),
         *(call.sink, call.recent, call.block),
         *(numbers.share, numbers.threshold),
-        *(*call.shape, call.indices.shape[-1], numbers.bisection_steps),
+        *(*call.shape, call.union, call.indices.shape[-1], numbers.bisection_steps),
         *(0 if table is None else table.shape[1], call.slots_per_page),
         *(0 if call.slots is None else call.slots.element_size(), torch.get_num_threads()),
     )

@@ -116,7 +116,13 @@ class SelectKernel:
     def workspace_bytes(self, call: Call) -> int:
         layers, batch, score_rows, columns = _select_call(call).shape
         sms = num_sms(_select_call(call).scores.device)
-        return self.module.workspace_bytes(rows=layers * batch * score_rows, columns=columns, num_sms=sms)
+        return self.module.workspace_bytes(
+            rows=layers * batch * score_rows,
+            columns=columns,
+            row_width=_select_call(call).row_width,
+            united=_select_call(call).union,
+            num_sms=sms,
+        )
 
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         call = _select_call(call)
@@ -136,6 +142,8 @@ class SelectKernel:
             sink=call.sink,
             recent=call.recent,
             slots_per_page=call.slots_per_page,
+            row_width=call.row_width,
+            united=call.union,
             **dataclasses.asdict(policy_numbers(call.policy)),
             num_sms=num_sms(scores.device),
         )

@@ -4,7 +4,7 @@
 // A row is read once where that is enough. A sample of it, or a histogram that verification left, names a floor under
 // which no score should be needed; one pass keeps what reaches the floor, and a search among the few that were kept
 // finds the exact limit. A floor that is too low keeps more than needed and one that is too high is noticed and
-// dropped, so that only time depends on the guess. A task is one row.
+// dropped, so that only time depends on the guess. A task is one row, or some neighbours whose selections are united.
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -31,15 +31,17 @@ struct Arguments {
     const int32_t* histogram;    // [layers, batch, rows, HISTOGRAM_BINS], or null
     const int32_t* prefix_lens;  // [batch], in keys
     const int32_t* page_table;   // [batch, pages], or null
-    int32_t *indices, *counts;   // [layers, batch, rows, width], [layers, batch, rows]
-    void* slots;                 // [layers, batch, rows, width] of slot_bytes, or null
+    int32_t *indices, *counts;   // [layers, batch, rows / united, width], [layers, batch, rows / united]
+    void* slots;                 // [layers, batch, rows / united, width] of slot_bytes, or null
     char* workspace;
     int64_t score_layer, score_request, score_row, threshold_layer, threshold_request, threshold_row, table_request;
     int64_t policy, k, ratio_ppm, min_keys, max_keys;  // k is 0 where the budget is a ratio of the prefix
     int64_t sink, recent, block;                       // in keys
     double share;                                      // of the mass
     float threshold;                                   // of every row, where thresholds is null
-    int32_t layers, batch, rows, columns, width, bisection_steps, pages, slots_per_page, slot_bytes, threads;
+    int32_t layers, batch, rows, columns;
+    int32_t united;  // rows whose selections become one
+    int32_t width, bisection_steps, pages, slots_per_page, slot_bytes, threads;
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -107,17 +109,24 @@ struct Scratch {
     float* values;     // scores that reach the floor, in their order
     int32_t* indices;  // where they stand
     uint32_t* keys;    // the same scores as integers, of which a search keeps fewer and fewer
+    int32_t* row;      // where rows are united, the selection of one of them
+    uint64_t* members; // and a bit for every column that some row selects
 };
 
 static int64_t list_elements(const Arguments& a) {
     return (larger(a.columns, SAMPLED) + SLACK + 15) / 16 * 16;
 }
 
-static int64_t scratch_bytes(const Arguments& a) { return 3 * 4 * list_elements(a); }
+static int64_t member_words(const Arguments& a) { return ((int64_t)a.columns + 63) / 64; }
+
+static int64_t scratch_bytes(const Arguments& a) {
+    return (a.united > 1 ? 4 : 3) * 4 * list_elements(a) + (a.united > 1 ? 8 * member_words(a) : 0);
+}
 
 static Scratch scratch_of(const Arguments& a, int thread) {
-    float* at = (float*)(a.workspace + thread * scratch_bytes(a));
-    return {at, (int32_t*)(at + list_elements(a)), (uint32_t*)(at + 2 * list_elements(a))};
+    int32_t* at = (int32_t*)(a.workspace + thread * scratch_bytes(a));
+    const int64_t list = list_elements(a);
+    return {(float*)at, at + list, (uint32_t*)(at + 2 * list), at + 3 * list, (uint64_t*)(at + 4 * list)};
 }
 
 // ---- passes over scores ----
@@ -461,33 +470,56 @@ template <typename Slot> static void write_slots(const Arguments& a, const int32
     memset(slots + taken, -1, (a.width - taken) * sizeof(Slot));
 }
 
-static bool select_row(const Arguments& a, int64_t item, const Scratch& s) {
+// Writes the ascending indices that one row of scores selects; returns how many, or -1 where its scores are no masses.
+static int64_t select_row(const Arguments& a, int64_t item, const Scratch& s, int32_t* out) {
     Row r = describe(a, item);
     Choice choice = {};
     bool valid = true;
     if (a.policy == TOP_K) choice = choose_count(r, r.most - r.forced(), s);
     else if (a.policy == THRESHOLD) choice = choose_from(r, r.threshold, s);
     else valid = choose_share(a, r, s, &choice);
-    int32_t* out = a.indices + item * a.width;
+    if (!valid) return -1;
     int64_t taken = write_run(out, 0, 0, r.head);
     if (choice.whole) taken = write_run(out, taken, r.head, r.tail);
     else taken += emit(choice.kept, choice.limit, s, out + taken);
-    taken = write_run(out, taken, r.tail, r.prefix);
+    return write_run(out, taken, r.tail, r.prefix);
+}
+
+// The same for what any of some neighbouring rows selects.
+static int64_t select_united(const Arguments& a, int64_t first_item, const Scratch& s, int32_t* out) {
+    memset(s.members, 0, member_words(a) * sizeof(uint64_t));
+    for (int64_t item = first_item; item < first_item + a.united; item++) {
+        const int64_t taken = select_row(a, item, s, s.row);
+        if (taken < 0) return -1;
+        for (int64_t i = 0; i < taken; i++) s.members[s.row[i] / 64] |= (uint64_t)1 << s.row[i] % 64;
+    }
+    int64_t taken = 0;
+    for (int64_t word = 0; word < member_words(a); word++)
+        for (uint64_t bits = s.members[word]; bits; bits &= bits - 1)
+            out[taken++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
+    return taken;
+}
+
+// Returns whether the scores were such as the policy takes.
+static bool select_item(const Arguments& a, int64_t item, const Scratch& s) {
+    int32_t* out = a.indices + item * a.width;
+    const int64_t selected = a.united > 1 ? select_united(a, item * a.united, s, out) : select_row(a, item, s, out);
+    const int64_t taken = larger(0, selected);
     memset(out + taken, -1, (a.width - taken) * sizeof(int32_t));
     a.counts[item] = (int32_t)taken;
     if (a.slots) {
-        const int32_t* table = a.page_table + item / a.rows % a.batch * a.table_request;
+        const int32_t* table = a.page_table + item * a.united / a.rows % a.batch * a.table_request;
         if (a.slot_bytes == 8) write_slots(a, table, out, taken, (int64_t*)a.slots + item * a.width);
         else write_slots(a, table, out, taken, (int32_t*)a.slots + item * a.width);
     }
-    return valid;
+    return selected >= 0;
 }
 
 constexpr int64_t SCORES_PER_THREAD = 64 << 10;  // a thread is worth waking for about 20 microseconds of work
 
 static int useful_threads(const Arguments& a) {
     const int64_t rows = (int64_t)a.layers * a.batch * a.rows;
-    return (int)smaller(smaller(a.threads, larger(rows, 1)), 1 + rows * a.columns / SCORES_PER_THREAD);
+    return (int)smaller(smaller(a.threads, larger(rows / a.united, 1)), 1 + rows * a.columns / SCORES_PER_THREAD);
 }
 
 extern "C" int64_t workspace_bytes(const Arguments* a) { return useful_threads(*a) * scratch_bytes(*a); }
@@ -495,13 +527,13 @@ extern "C" int64_t workspace_bytes(const Arguments* a) { return useful_threads(*
 // Returns 0, or 1 where a share of the mass was asked for and a row holds a negative score or one that is not finite.
 extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
-    const int64_t rows = (int64_t)a.layers * a.batch * a.rows;
+    const int64_t items = (int64_t)a.layers * a.batch * a.rows / a.united;
     int invalid = 0;
 #pragma omp parallel num_threads(useful_threads(a)) reduction(| : invalid)
     {
         const Scratch s = scratch_of(a, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows; item++) invalid |= !select_row(a, item, s);
+        for (int64_t item = 0; item < items; item++) invalid |= !select_item(a, item, s);
     }
     return invalid;
 }

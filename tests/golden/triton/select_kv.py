@@ -9,6 +9,8 @@ takes, which tells the next ones where to write.
 The work is in phases, and what a phase leaves in the workspace is all the next one knows. Where a row has one block, a
 launch runs all phases; where several blocks share a row, each phase is a launch of its own, so that no block ever waits
 for another. What blocks leave is added up by every block of the next phase, in one order, so results never differ.
+
+Where neighbouring rows are united, what each of them takes goes to the workspace first, and unite_rows merges it.
 """
 
 import torch
@@ -287,6 +289,17 @@ def store_slots(row_slots, row_table, places, positions, take, pages, slots_per_
 
 
 @triton.jit
+def pad_row(row_indices, row_slots, first, width, stride, slot_words):
+    """Writes -1 from `first` on, a tile every `stride` columns."""
+    for start in tl.range(first, width, stride):
+        places = start + tl.arange(0, BLOCK_N)
+        nothing = tl.full([BLOCK_N], -1, tl.int32)
+        tl.store(row_indices + places, nothing, mask=places < width)
+        tl.store(row_slots + places * slot_words, nothing, mask=(places < width) & (slot_words > 0))
+        tl.store(row_slots + places * slot_words + 1, nothing, mask=(places < width) & (slot_words == 2))
+
+
+@triton.jit
 def write_taken(
     row_scores,
     row_indices,
@@ -329,12 +342,7 @@ def write_taken(
             store_slots(row_slots, row_table, places, positions, chosen, pages, slots_per_page, slot_words)
         taken += tl.sum(take, 0)
         ties_seen += tl.sum(tie, 0)
-    for start in tl.range(total + split * BLOCK_N, width, splits * BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        nothing = tl.full([BLOCK_N], -1, tl.int32)
-        tl.store(row_indices + places, nothing, mask=places < width)
-        tl.store(row_slots + places * slot_words, nothing, mask=(places < width) & (slot_words > 0))
-        tl.store(row_slots + places * slot_words + 1, nothing, mask=(places < width) & (slot_words == 2))
+    pad_row(row_indices, row_slots, total + split * BLOCK_N, width, splits * BLOCK_N, slot_words)
     return total
 
 
@@ -546,10 +554,93 @@ def select_rows(
         tl.debug_barrier()  # what this phase wrote, other threads of the block read in the next
 
 
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "united_rows",
+        "united",
+        "columns",
+        "row_width",
+        "width",
+        "block",
+        "stride_table",
+        "pages",
+        "slots_per_page",
+        "slot_words",
+        "first_phase",
+        "last_phase",
+    ]
+)
+def unite_rows(
+    row_indices: "*i32",  # [layers, batch, united_rows, united, row_width], -1 padded
+    members: "*i32",  # [layers, batch, united_rows, columns], whether any of the united rows takes a column
+    prefix_lens: "*i32",  # [batch], in keys
+    page_table: "*i32",  # [batch, pages]
+    indices: "*i32",  # [layers, batch, united_rows, width]
+    counts: "*i32",  # [layers, batch, united_rows]
+    slots: "*i32",  # [layers, batch, united_rows, width, slot_words]
+    batch: "i32",
+    united_rows: "i32",
+    united: "i32",
+    columns: "i32",
+    row_width: "i32",
+    width: "i32",
+    block: "i32",
+    stride_table: "i64",
+    pages: "i32",
+    slots_per_page: "i32",
+    slot_words: "i32",
+    first_phase: "i32",
+    last_phase: "i32",
+):
+    """Phases [first_phase, last_phase) of the union of some rows' indices; programs are its rows."""
+    row = tl.program_id(0)
+    request = row // united_rows % batch
+    row_members = members + row.to(tl.int64) * columns
+    row_lists = row_indices + row.to(tl.int64) * united * row_width
+    row_out = indices + row.to(tl.int64) * width
+    row_slots = slots + row.to(tl.int64) * width * slot_words
+    row_table = page_table + request * stride_table
+    keys = tl.maximum(tl.minimum(tl.load(prefix_lens + request), columns * block), 0)
+    prefix = tl.cdiv(keys, block)
+    for phase in tl.range(first_phase, last_phase):
+        if phase == 0:
+            for start in tl.range(0, prefix, BLOCK_N):
+                positions = start + tl.arange(0, BLOCK_N)
+                tl.store(row_members + positions, tl.zeros([BLOCK_N], tl.int32), mask=positions < prefix)
+        elif phase == 1:
+            for start in tl.range(0, united * row_width, BLOCK_N):
+                places = start + tl.arange(0, BLOCK_N)
+                taken = tl.load(row_lists + places, mask=places < united * row_width, other=-1)
+                tl.store(row_members + taken, tl.full([BLOCK_N], 1, tl.int32), mask=taken >= 0)
+        else:
+            total = 0
+            for start in tl.range(0, prefix, BLOCK_N):
+                positions = start + tl.arange(0, BLOCK_N)
+                member = tl.load(row_members + positions, mask=positions < prefix, other=0)
+                places = total + tl.cumsum(member, 0) - member
+                tl.store(row_out + places, positions, mask=member > 0)
+                if slot_words > 0:
+                    store_slots(
+                        row_slots, row_table, places, positions, member > 0, pages, slots_per_page, slot_words
+                    )
+                total += tl.sum(member, 0)
+            pad_row(row_out, row_slots, total, width, BLOCK_N, slot_words)
+            tl.store(counts + row, total)
+        tl.debug_barrier()  # what this phase wrote, other threads of the block read in the next
+
+
 # The device functions and how each is launched and compiled: with their signatures, all that a cross-compiler needs.
 KERNELS = {
     select_rows: {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
+    unite_rows: {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
 }
+UNITE_PHASES = 3
+
+
+def launches(phases: int, in_one: bool) -> list[tuple[int, int]]:
+    """First phase of every launch, and the one after its last."""
+    return [(0, phases)] if in_one else [(phase, phase + 1) for phase in range(phases)]
 
 
 def num_splits(rows: int, columns: int, num_sms: int) -> int:
@@ -558,16 +649,17 @@ def num_splits(rows: int, columns: int, num_sms: int) -> int:
     return splits if splits >= FEWEST_SPLITS else 1
 
 
-def scratch_bytes(rows: int, splits: int) -> list[int]:
+def scratch_bytes(rows: int, columns: int, splits: int, row_width: int, united: int) -> list[int]:
     """Bytes of each scratch array, in the order in which they lie in the workspace."""
-    words = COUNTS.value + 2 * splits + 2 * splits * RADIX_BINS.value
-    doubles = TOTALS.value + 3 * splits + 2 * splits * MASS_BINS.value
-    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in (rows * words * 4, rows * doubles * 8)]
+    words = rows * (COUNTS.value + 2 * splits + 2 * splits * RADIX_BINS.value)
+    doubles = rows * (TOTALS.value + 3 * splits + 2 * splits * MASS_BINS.value)
+    lists = (rows * row_width, rows, rows // united * columns) if united > 1 else ()  # indices, counts, members
+    return [triton.cdiv(size, ALIGNMENT) * ALIGNMENT for size in (words * 4, doubles * 8, *(n * 4 for n in lists))]
 
 
-def workspace_bytes(*, rows: int, columns: int, num_sms: int) -> int:
+def workspace_bytes(*, rows: int, columns: int, row_width: int, united: int, num_sms: int) -> int:
     """Bytes of scratch that a launch for so many rows of scores needs."""
-    return sum(scratch_bytes(rows, num_splits(rows, columns, num_sms)))
+    return sum(scratch_bytes(rows, columns, num_splits(rows, columns, num_sms), row_width, united))
 
 
 def launch(
@@ -585,6 +677,8 @@ def launch(
     sink: int,
     recent: int,
     slots_per_page: int,
+    row_width: int,
+    united: int,
     policy: int,
     k: int,
     ratio_ppm: int,
@@ -598,15 +692,20 @@ def launch(
     """Enqueues the kernel on the current stream; allocates nothing and never waits for the device.
 
     scores [layers, batch, score_rows, columns] and thresholds [layers, batch, score_rows] may have any strides but a
-    unit last one of scores; indices, counts, slots and histogram are contiguous. What is None is not used.
+    unit last one of scores; indices, counts, slots and histogram are contiguous. What is None is not used. `united`
+    neighbouring score rows, each of which takes at most `row_width` columns, give one row of the outputs.
     """
     layers, batch, score_rows, columns = scores.shape
-    rows, width = layers * batch * score_rows, indices.shape[-1]
+    rows = layers * batch * score_rows
     if rows == 0:
         return
     splits = num_splits(rows, columns, num_sms)
-    sizes = scratch_bytes(rows, splits)
-    words, doubles = workspace[: sum(sizes)].split(sizes)
+    sizes = scratch_bytes(rows, columns, splits, row_width, united)
+    words, doubles, *lists = (part.view(torch.int32) for part in workspace[: sum(sizes)].split(sizes))
+    row_indices, row_counts, members = lists if lists else (indices, counts, indices)
+    table = (prefix_lens, 0, 0) if page_table is None else (page_table, page_table.stride(0), page_table.shape[1])
+    slot_words = 0 if slots is None else slots.element_size() // 4
+    slot_memory = indices if slots is None else slots.view(torch.int32)
     bounded = policy == TOP_P.value and (min_keys > 0 or max_keys < columns * block)
     bits = 32 if histogram is None else HISTOGRAM_SHIFT.value
     count_steps = triton.cdiv(bits, RADIX_BITS.value) if policy == TOP_K.value or bounded else 0
@@ -614,32 +713,30 @@ def launch(
     if policy == TOP_P.value and bisection_steps == 0 and share < 1.0:
         mass_steps = triton.cdiv(MASS_KEY_BITS.value, MASS_BITS.value)
     phases = (1 + mass_steps + bounded if policy == TOP_P.value else 0) + count_steps + 2
-    in_one = splits == 1 and ONE_LAUNCH
-    for first, last in [(0, phases)] if in_one else [(phase, phase + 1) for phase in range(phases)]:
+    for first, last in launches(phases, splits == 1 and ONE_LAUNCH):
         select_rows[(rows, splits)](
             scores,
             prefix_lens,
             scores if thresholds is None else thresholds,
             counts if histogram is None else histogram,
-            prefix_lens if page_table is None else page_table,
-            indices,
-            counts,
-            indices if slots is None else slots.view(torch.int32),
-            words.view(torch.int32),
+            table[0],
+            row_indices,
+            row_counts,
+            slot_memory,
+            words,
             doubles.view(torch.float64),
             batch,
             score_rows,
             columns,
-            width,
+            row_width if lists else indices.shape[-1],
             block,
             sink,
             recent,
             *scores.stride()[:3],
             *((0, 0, 0) if thresholds is None else thresholds.stride()),
-            0 if page_table is None else page_table.stride(0),
-            0 if page_table is None else page_table.shape[1],
+            *table[1:],
             slots_per_page,
-            0 if slots is None else slots.element_size() // 4,
+            0 if lists else slot_words,
             policy,
             k,
             ratio_ppm,
@@ -655,4 +752,28 @@ def launch(
             first,
             last,
             **KERNELS[select_rows],
+        )
+    for first, last in launches(UNITE_PHASES, ONE_LAUNCH) if lists else ():
+        unite_rows[(rows // united,)](
+            row_indices,
+            members,
+            prefix_lens,
+            table[0],
+            indices,
+            counts,
+            slot_memory,
+            batch,
+            score_rows // united,
+            united,
+            columns,
+            row_width,
+            indices.shape[-1],
+            block,
+            table[1],
+            table[2],
+            slots_per_page,
+            slot_words,
+            first,
+            last,
+            **KERNELS[unite_rows],
         )
