@@ -40,6 +40,11 @@ TUNED_RUNGS: tuple[Rung, ...] = ("exact", "nearest", "sibling")
 logger = logging.getLogger("specattn")
 
 
+def tuned_as(spec: KernelSpec) -> KernelSpec:
+    """A mixed batch takes the plan of its verifying requests, which read nearly all of its bytes."""
+    return dataclasses.replace(spec, op="verify_attention", selection=None) if spec.op == "mixed_attention" else spec
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """An entry of some layer. apart: octaves between its processor and the one at hand, 0 where they are one."""
@@ -88,9 +93,9 @@ class Ladder:
 
     def tuned(self, spec: KernelSpec, workload: Workload) -> Found | None:
         """The best of the packs, None where they have nothing within reach."""
-        kernel = structure(spec)
+        kernel = structure(tuned_as(spec))
         return (
-            self._exact.get((kernel, buckets.buckets(spec.op, workload)))
+            self._exact.get((kernel, buckets.buckets(kernel.op, workload)))
             or self._nearest(kernel, workload, "nearest")
             or self._nearest(kernel, workload, "sibling")
         )

@@ -135,6 +135,11 @@ def load(path: Path) -> Pack:
     return _keep_unknown(raw, found)
 
 
+def stored_digest(path: Path) -> str:
+    """Of a pack that loads; empty for one of a schema without."""
+    return str(pack_file.read_plain(path).get("digest", ""))
+
+
 def _keep_unknown(raw: Plain, found: Pack) -> Pack:
     """The pack and its entries with what this version did not understand of them."""
     raw_entries = raw["entries"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -337,13 +336,11 @@ class Kernels:
         return build.load(source)
 
     def _plan(self, spec: KernelSpec, workload: Workload) -> Found:
-        # A mixed batch takes the plan of its verifying requests, which read nearly all of its bytes.
-        tuned = replace(spec, op="verify_attention", selection=None) if spec.op == "mixed_attention" else spec
-        found = self.packs.tuned(tuned, workload)
+        found = self.packs.tuned(spec, workload)
         if found is not None and found.rung != "sibling":
             return found
         message = (
-            f"no tuned entry for {tuned.name} on {self.arch.name} ({self.heads.name}); "
+            f"no tuned entry for {ladder.tuned_as(spec).name} on {self.arch.name} ({self.heads.name}); "
             f"to make one: {self._tune_command()}"
         )
         if found is not None and found.candidate is not None:
