@@ -47,6 +47,19 @@ class CompileJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuildJob:
+    """Builds one plan for the processor at hand, which leaves its binary in the cache for whoever times it."""
+
+    spec: KernelSpec
+    plan: Plan
+    arch: Arch
+
+    def run(self) -> Outcome:
+        build.load(render_for(self.spec, self.plan, self.arch))
+        return Outcome(status=Status.OK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InterpretJob:
     """Proves one plan in Triton's interpreter. Its worker must be born with TRITON_INTERPRET=1.
 

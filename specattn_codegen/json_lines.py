@@ -20,10 +20,11 @@ def read(path: Path, kind: type[Value]) -> list[Value]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [found for line in lines if (found := _decode(line, kind)) is not None]
+    return [found for line in lines if (found := decode(line, kind)) is not None]
 
 
-def _decode(line: bytes, kind: type[Value]) -> Value | None:
+def decode(line: bytes, kind: type[Value]) -> Value | None:
+    """One line's value; None for a line that is no such value."""
     try:
         return msgspec.json.decode(line, type=kind)
     except (ValueError, RecursionError, OverflowError):

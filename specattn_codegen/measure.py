@@ -26,6 +26,8 @@ MOST_CALLS = 300
 CACHES_FILLED = 2.0  # the data touched between two uses of the same bytes, in last-level caches
 MOST_COPIES = 512
 MEMORY_SHARE = 0.25  # of the device's memory that copies may take
+# What a time means: part of a record's identity, to be changed with anything above or below that changes it.
+POLICY = "interleaved blocks, cold cache, median"
 
 Launch = Callable[[], None]
 Timer = Callable[[Launch], float]  # microseconds of one launch

@@ -7,6 +7,9 @@ from enum import Enum
 
 from specattn_codegen.build.resources import Resources
 
+DIED = "the worker "  # how the detail of an outcome begins whose worker did not survive it
+HUNG = "no result after "  # and of one whose worker had to be killed
+
 
 class Status(str, Enum):
     """ok, or the stage a candidate failed at."""

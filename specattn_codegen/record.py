@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from specattn_codegen import json_lines, paths
 from specattn_codegen.arch import Arch
+from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment, Silicon
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.outcome import DIED, HUNG, Outcome, Status
 from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -30,6 +31,7 @@ class Identity(NamedTuple):
     compiler: str
     device: str | None
     page_size: int
+    policy: str
     specattn_codegen: str  # another version may prove more
 
 
@@ -41,6 +43,7 @@ class Record:
     workload      None where it plays no part, as in compiling
     outcome       what became of it
     page_size     keys per page of the timed cache, where the spec leaves it to the call; 0 where nothing was timed
+    policy        how it was timed, in the words of measure.POLICY; empty where nothing was timed
     predicted_us  the cost model's time by workload; empty for anything but a compiled plan
     """
 
@@ -53,6 +56,7 @@ class Record:
     environment: Environment
     outcome: Outcome
     page_size: int = 0
+    policy: str = ""
     predicted_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -67,8 +71,17 @@ class Record:
             self.environment.compiler,
             self.environment.device,
             self.page_size,
+            self.policy,
             self.environment.specattn_codegen,
         )
+
+    @property
+    def offence(self) -> tuple[str, str, str] | None:
+        """What killed or hung a worker: the binary by its digest, silicon and compiler; None for a well-behaved one."""
+        hung = self.outcome.status is Status.TIMEOUT and self.outcome.detail.startswith(HUNG)
+        if not hung and not (self.outcome.status is Status.RUNTIME and self.outcome.detail.startswith(DIED)):
+            return None
+        return self.source_digest, digest(self.silicon), self.environment.compiler
 
     @property
     def is_settled(self) -> bool:
@@ -83,6 +96,11 @@ def records_path(arch: Arch, heads: HeadConfig) -> Path:
 def read(path: Path) -> list[Record]:
     """Every whole line, oldest first. One cut short by a crash or a full disk, or of another version, is no record."""
     return json_lines.read(path, Record)
+
+
+def decode(lines: Sequence[str]) -> list[Record]:
+    """Records from elsewhere than a file, by the same rule."""
+    return [found for line in lines if (found := json_lines.decode(line.encode(), Record)) is not None]
 
 
 def append(path: Path, record: Record) -> None:

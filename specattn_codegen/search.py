@@ -3,95 +3,221 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
-from specattn_codegen import space
+from specattn_codegen import shared_study, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.plan import Backend, Plan, Setting
+from specattn_codegen.shared_study import Share
 from specattn_codegen.spec import KernelSpec
 
+Sampler = Literal["tpe", "gp", "cmaes", "random", "grid"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
 # What an infeasible or failing plan is told to the sampler as. Not a failed trial: those the sampler forgets, and then
-# proposes them again and again. It ranks values, so any number above every real one will do.
-PENALTY = 1e15
+# proposes them again and again. It ranks values, so any number above every real one will do; one not too far above is
+# kinder to samplers that fit a surface.
+PENALTY_RATIO = 4.0  # over the largest real value told so far
 # Proposals in a row that were known or infeasible, after which one untried feasible plan is drawn at random.
 MOST_REPEATS = 40
+STARTUP_TRIALS = 10  # before a sampler trusts what it has seen
+
+_MAKERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, with_margin=True, warn_independent_sampling=False),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # never asked: a grid is walked
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """How a space is searched.
+
+    sampler  tpe, gp and cmaes learn from what they are told; random does not; grid walks evenly over the space
+    trials   plans tried at most, the default and the seeds among them
+    share    a study that other processes search as well; None for one of this search's own
+    """
+
+    sampler: Sampler
+    trials: int
+    seed: int
+    share: Share | None = None
 
 
 class Search:
     """Proposes each feasible plan at most once, `trials` of them at most: the default, then the seeds, then what the
     sampler makes of the values told. A space no larger than `trials` is simply swept.
 
-    Axes are ordered, so a value is known to the sampler by its position. The same seed and the same values give the
-    same proposals.
+    Axes are ordered, so a value is known to the sampler by its position. Where the study is not shared, the same seed
+    and the same values give the same proposals. Where it is, plans that others have tried or are trying count as
+    tried.
     """
 
     def __init__(
-        self, spec: KernelSpec, arch: Arch, backend: Backend, *, seeds: Sequence[Plan], trials: int, seed: int
+        self,
+        spec: KernelSpec,
+        arch: Arch,
+        backend: Backend,
+        *,
+        seeds: Sequence[Plan],
+        strategy: Strategy,
     ) -> None:
         self._backend: Backend = backend
         self._axes = space.axes(spec, backend)
         default = space.default_plan(spec, arch, backend)
         feasible = list(space.feasible(spec, arch, backend))
         self._untried = dict.fromkeys((default, *seeds, *feasible))
-        self._left = min(trials, len(self._untried))
-        self._swept = len(self._untried) <= trials
+        self._budget = min(strategy.trials, len(self._untried))
         self._first = [default, *(plan for plan in dict.fromkeys(seeds) if plan != default)]
-        self._random = random.Random(seed)
+        if len(self._untried) <= strategy.trials:
+            self._first = list(self._untried)
+        elif strategy.sampler == "grid":
+            self._first = [default, *_evenly([plan for plan in feasible if plan != default], self._budget - 1)]
+        self._random = random.Random(strategy.seed)
+        self._taken: set[Plan] = set()
         self._known: dict[Plan, float] = {}
         self._asked: dict[Plan, optuna.Trial] = {}
+        self._share = strategy.share
+        self._notes: list[str] = []
+        self._heard_of: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        sampler = _MAKERS[strategy.sampler](strategy.seed)
+        if self._share is None:
+            self._study = optuna.create_study(sampler=sampler)
+        else:
+            self._study = self._share.open(sampler)
+            self._listen()
 
     @property
     def left(self) -> int:
         """Plans that may still be proposed."""
-        return self._left
+        return self._budget - len(self._taken)
 
     def ask(self, count: int) -> list[Plan]:
         """Up to `count` plans to try next; fewer, or none, when there is nothing left to try."""
         plans: list[Plan] = []
-        while len(plans) < count and self._left > 0:
+        while len(plans) < count and self.left > 0:
+            if self._share is not None:
+                self._listen()
+                if self.left <= 0:
+                    break
             plan = self._propose()
-            del self._untried[plan]
-            self._left -= 1
-            plans.append(plan)
+            if plan is not None:
+                plans.append(plan)
         return plans
 
-    def tell(self, plan: Plan, value: float | None) -> None:
-        """What trying a plan gave, smaller being better; None for one that failed."""
-        self._known[plan] = PENALTY if value is None else value
-        self._study.tell(self._asked.pop(plan), self._known[plan])
+    def tell(self, plan: Plan, value: float | None, note: str = "") -> None:
+        """What trying a plan gave, smaller being better; None for one that failed. `note` is for those who share."""
+        trial = self._asked.pop(plan)
+        if value is not None:
+            self._known[plan] = value
+        if self._share is not None:
+            self._heard_of.add(trial.number)
+            trial.set_user_attr(shared_study.NOTE, note)
+            trial.set_user_attr(shared_study.FAILED, value is None)
+        self._study.tell(trial, self._penalty() if value is None else value)
 
-    def _propose(self) -> Plan:
+    def heard(self) -> list[str]:
+        """What others who share the study have noted since the last time this was asked."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def close(self) -> None:
+        """Gives back what was asked for and not tried, so that others who share the study may try it."""
+        for trial in self._asked.values():
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._asked.clear()
+
+    def _penalty(self) -> float:
+        return PENALTY_RATIO * max(self._known.values(), default=1e6)
+
+    def _propose(self) -> Plan | None:
+        """A plan nobody has tried; None where another process was quicker."""
         while self._first:
             plan = self._first.pop(0)
             if plan in self._untried:
-                return self._fixed(plan)
-        if self._swept:
-            return self._fixed(next(iter(self._untried)))
+                return self._take(self._fixed(plan))
         for _ in range(MOST_REPEATS):
-            trial = self._study.ask(
-                {axis.name: optuna.distributions.IntDistribution(0, len(axis.values) - 1) for axis in self._axes}
-            )
-            plan = self._plan_of(trial)
+            trial = self._ask()
+            plan = self._plan_of(trial.params)
             if plan in self._untried:
-                self._asked[plan] = trial
-                return plan
-            self._study.tell(trial, self._known.get(plan, PENALTY))
-        return self._fixed(self._random.choice(list(self._untried)))
+                return self._take(trial)
+            self._refuse(trial, self._known.get(plan))
+        return self._take(self._fixed(self._random.choice(list(self._untried))))
 
-    def _plan_of(self, trial: optuna.Trial) -> Plan:
-        settings: dict[str, Setting] = {axis.name: axis.values[trial.params[axis.name]] for axis in self._axes}
-        return Plan.of(self._backend, **settings)
-
-    def _fixed(self, plan: Plan) -> Plan:
-        """Makes the sampler ask for this very plan."""
-        position = {axis.name: axis.values.index(plan[axis.name]) for axis in self._axes}
-        self._study.enqueue_trial(dict(position))
+    def _ask(self) -> optuna.Trial:
         trial = self._study.ask(
             {axis.name: optuna.distributions.IntDistribution(0, len(axis.values) - 1) for axis in self._axes}
         )
+        if self._share is not None:
+            trial.set_user_attr(shared_study.WORKER, self._share.worker)
+        return trial
+
+    def _fixed(self, plan: Plan) -> optuna.Trial:
+        """Makes the sampler ask for this very plan."""
+        self._study.enqueue_trial({axis.name: axis.values.index(plan[axis.name]) for axis in self._axes})
+        return self._ask()
+
+    def _take(self, trial: optuna.Trial) -> Plan | None:
+        plan = self._plan_of(trial.params)
+        if plan not in self._untried or (self._share is not None and self._is_second(trial, plan)):
+            self._refuse(trial, self._known.get(plan))
+            return None
+        del self._untried[plan]
+        self._taken.add(plan)
         self._asked[plan] = trial
         return plan
+
+    def _refuse(self, trial: optuna.Trial, value: float | None) -> None:
+        """Tells the sampler what it should have known: the value of a plan that was tried, the penalty for another."""
+        if self._share is not None:
+            trial.set_user_attr(shared_study.REFUSED, True)
+        self._study.tell(trial, self._penalty() if value is None else value)
+
+    def _plan_of(self, positions: dict[str, int]) -> Plan:
+        settings: dict[str, Setting] = {axis.name: axis.values[positions[axis.name]] for axis in self._axes}
+        return Plan.of(self._backend, **settings)
+
+    def _listen(self) -> None:
+        """Takes in what other processes have tried, and what they are trying."""
+        shared_study.reap(self._study)
+        abandoned = {plan for plan in self._taken if plan not in self._asked and plan not in self._known}
+        for trial in self._study.get_trials(deepcopy=False):
+            if not self._counts(trial):
+                continue
+            plan = self._plan_of(trial.params)
+            abandoned.discard(plan)
+            self._taken.add(plan)
+            self._untried.pop(plan, None)
+            if trial.state == TrialState.COMPLETE and trial.number not in self._heard_of:
+                self._heard_of.add(trial.number)
+                if not trial.user_attrs.get(shared_study.FAILED) and trial.value is not None:
+                    self._known[plan] = trial.value
+                self._notes.append(str(trial.user_attrs.get(shared_study.NOTE, "")))
+        for plan in abandoned:  # its worker has died since: it may be tried again
+            self._taken.discard(plan)
+            self._untried[plan] = None
+
+    def _counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial stands for a plan that is tried or being tried."""
+        is_whole = len(trial.params) == len(self._axes)
+        return is_whole and trial.state != TrialState.FAIL and not trial.user_attrs.get(shared_study.REFUSED)
+
+    def _is_second(self, mine: optuna.Trial, plan: Plan) -> bool:
+        """Whether another process asked for the same plan first; of those at once the lowest number has it."""
+        return any(
+            trial.number < mine.number and self._counts(trial) and self._plan_of(trial.params) == plan
+            for trial in self._study.get_trials(deepcopy=False)
+        )
+
+
+def _evenly(plans: Sequence[Plan], count: int) -> list[Plan]:
+    """`count` plans at equal distances over the space."""
+    return [plans[index * len(plans) // max(1, count)] for index in range(count)]

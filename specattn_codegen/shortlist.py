@@ -56,5 +56,11 @@ class Shortlisted:
         asked, self._plans = self._plans[:count], self._plans[count:]
         return asked
 
-    def tell(self, plan: Plan, value: float | None) -> None:
+    def tell(self, plan: Plan, value: float | None, note: str = "") -> None:
         """Nothing is learnt: the list is as it is."""
+
+    def heard(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        """Nobody shares the list."""

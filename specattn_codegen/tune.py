@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from specattn_codegen import pack
+from optuna.storages import BaseStorage
+
+from specattn_codegen import environment, pack, paths, seeds, space
+from specattn_codegen.digest import digest
+from specattn_codegen.jobs import render_for
+from specattn_codegen.measure import POLICY
 from specattn_codegen.pack import Entry
-from specattn_codegen.search import Search
+from specattn_codegen.search import Sampler, Search, Strategy
+from specattn_codegen.shared_study import Share, worker_name
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_measured import tune_measured
 from specattn_codegen.tune_modelled import tune_modelled
 from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task
+from specattn_codegen.workforce import Workforce, processes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How plans are searched and who works. storage: of studies that other processes search as well."""
+
+    sampler: Sampler = "tpe"
+    storage: BaseStorage | None = None
+    workforce: Workforce = processes
+
+
+USUAL = Method()
 
 
 def plan_tasks(kernels: Sequence[tuple[KernelSpec, tuple[Workload, ...]]], target: Target) -> list[Task]:
@@ -22,7 +42,19 @@ def plan_tasks(kernels: Sequence[tuple[KernelSpec, tuple[Workload, ...]]], targe
     return [Task(spec=spec, workloads=(workload,)) for spec, workloads in kernels for workload in workloads]
 
 
-def tune(tasks: Sequence[Task], target: Target, budget: Budget, listener: Listener, out: Path) -> None:
+def study_name(task: Task, target: Target) -> str:
+    """Equal for searches whose values compare: the same silicon, kernel, sizes, space, templates and measurement."""
+    spec, arch = task.spec, target.arch
+    default = space.default_plan(spec, arch, target.backend)
+    axes = space.axes(spec, target.backend)
+    source = render_for(spec, default, arch).digest
+    identity = digest(environment.silicon(arch), spec, task.workloads, axes, source, target.page_size, POLICY)
+    return f"{arch.name} {spec.heads.name} {task.name} {identity}"
+
+
+def tune(
+    tasks: Sequence[Task], target: Target, budget: Budget, listener: Listener, out: Path, method: Method = USUAL
+) -> None:
     """Tunes one HeadConfig and merges each task's winners into its pack under `out` as soon as they stand.
 
     Raises BuildError where the machine cannot build at all, PackError for a pack that must not be added to, OSError
@@ -36,9 +68,12 @@ def tune(tasks: Sequence[Task], target: Target, budget: Budget, listener: Listen
             pack.publish(out, target.arch, heads, winners)
 
     def search_for(task: Task) -> Search:
-        return Search(task.spec, target.arch, target.backend, seeds=(), trials=budget.trials, seed=budget.seed)
+        share = None
+        if method.storage is not None:
+            share = Share(storage=method.storage, name=study_name(task, target), worker=worker_name())
+        strategy = Strategy(sampler=method.sampler, trials=budget.trials, seed=budget.seed, share=share)
+        found = seeds.seeds_for(task, target, (out, *paths.pack_layers()))
+        return Search(task.spec, target.arch, target.backend, seeds=found, strategy=strategy)
 
-    if target.is_present:
-        tune_measured(tasks, target, budget, logbook, listener, publish, search_for)
-    else:
-        tune_modelled(tasks, target, budget, logbook, listener, publish)
+    strategy = tune_measured if target.is_present else tune_modelled
+    strategy(tasks, target, budget, logbook, listener, publish, search_for, method.workforce)

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from specattn_codegen import space
+from specattn_codegen import record, space
 from specattn_codegen.cost_model.floor import floor_us
+from specattn_codegen.digest import canonical_json
+from specattn_codegen.jobs import BuildJob
 from specattn_codegen.measure import beats
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
+from specattn_codegen.record import Record
 from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_session import (
     Budget,
@@ -20,14 +23,13 @@ from specattn_codegen.tune_session import (
     Proposer,
     Target,
     Task,
-    TuningJob,
     measure_job,
     measure_trial,
     require_default,
 )
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.workforce import Pool, TuningJob, Workforce
 
-CANDIDATE_SECONDS = 60.0  # to build, prove and time one candidate
+BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
 TIMING_SECONDS = 0.5
 FINALISTS = 3  # besides the default
 FINAL_SECONDS = 1.0  # of timing for each finalist
@@ -41,13 +43,13 @@ def tune_measured(
     listener: Listener,
     publish: Callable[[Sequence[Entry]], None],
     search_for: Callable[[Task], Proposer],
+    workforce: Workforce,
 ) -> None:
     """Publishes each task's winner as it is found. Ctrl-C publishes the best of the task it cuts short, and passes on.
 
-    One worker at a time, since candidates that share the processor would time each other.
+    Several workers build, one measures, since candidates that share the processor would time each other.
     """
-    environment = {"TRITON_INTERPRET": None}
-    with WorkerPool[TuningJob](size=1, deadline_s=CANDIDATE_SECONDS, environment=environment) as pool:
+    with workforce("compile") as builders, workforce("measure") as measurer:
         for index, task in enumerate(tasks):
             if budget.is_spent:
                 return
@@ -55,8 +57,8 @@ def tune_measured(
             own = dataclasses.replace(budget, ends_at=budget.clock() + share) if math.isfinite(share) else budget
             timed: dict[Plan, Outcome] = {}
             try:
-                _explore(task, search_for(task), target, own, logbook, listener, pool, timed)
-                timed = _rematch(task, target, budget.seed, timed, pool) or timed
+                _explore(task, search_for(task), target, own, logbook, listener, builders, measurer, timed)
+                timed = _rematch(task, target, budget.seed, timed, measurer) or timed
             finally:
                 winners = _winners(task, target, timed, logbook)
                 publish(winners)
@@ -70,35 +72,69 @@ def _explore(
     budget: Budget,
     logbook: Logbook,
     listener: Listener,
-    pool: WorkerPool[TuningJob],
+    builders: Pool,
+    measurer: Pool,
     timed: dict[Plan, Outcome],
 ) -> None:
-    """Fills `timed` with every plan that is right, the default first."""
-    (workload,) = task.workloads
+    """Fills `timed` with every plan that is right, the default first.
+
+    On a GPU the next plans are built while the last ones are timed. On the CPU, where building would be timed too, they
+    take turns.
+    """
     default = space.default_plan(task.spec, target.arch, target.backend)
     listener.task_started(task, search.left)
-    while plans := search.ask(1):
-        trials = [
-            measure_trial(task.spec, plan, workload, target, seed=budget.seed, seconds=TIMING_SECONDS) for plan in plans
-        ]
-        for trial in logbook.run(pool, trials):
-            if trial.plan == default:
+    plans = search.ask(BATCH)
+    builders.start(_build_jobs(task, plans, target))
+    while plans:
+        for _ in builders.run(()):  # waits for their binaries
+            pass
+        following = search.ask(BATCH) if target.arch.is_gpu else []
+        builders.start(_build_jobs(task, following, target))
+        for plan in plans:
+            trial = _time(task, plan, target, budget, logbook, measurer)
+            if plan == default:
                 require_default(trial)
             if trial.outcome.status is Status.OK:
-                timed[trial.plan] = trial.outcome
-            search.tell(trial.plan, _median_us(timed[trial.plan]) if trial.plan in timed else None)
+                timed[plan] = trial.outcome
+            value = _median_us(timed[plan]) if plan in timed else None
+            search.tell(plan, value, canonical_json(trial))
             listener.trial_done(task, trial, min(map(_median_us, timed.values()), default=None))
+            if budget.is_spent:
+                break
+        _listen(search, task, timed)
         if budget.is_spent:
-            return
+            break
+        if not following:
+            following = search.ask(BATCH)
+            builders.start(_build_jobs(task, following, target))
+        plans = following
+    search.close()
+
+
+def _time(task: Task, plan: Plan, target: Target, budget: Budget, logbook: Logbook, measurer: Pool) -> Record:
+    (workload,) = task.workloads
+    trial = measure_trial(task.spec, plan, workload, target, seed=budget.seed, seconds=TIMING_SECONDS)
+    (done,) = logbook.run(measurer, [trial])
+    return done
+
+
+def _listen(search: Proposer, task: Task, timed: dict[Plan, Outcome]) -> None:
+    """What others have timed who share the search."""
+    for trial in record.decode(search.heard()):
+        if trial.stage == "measure" and trial.outcome.status is Status.OK and trial.spec == task.spec:
+            timed.setdefault(trial.plan, trial.outcome)
+
+
+def _build_jobs(task: Task, plans: Sequence[Plan], target: Target) -> list[TuningJob]:
+    """Leave the plans' binaries in the cache. One that does not build is left to fail in its trial."""
+    return [BuildJob(spec=task.spec, plan=plan, arch=target.arch) for plan in plans]
 
 
 def _median_us(outcome: Outcome) -> float:
     return outcome.timings[0].median_us
 
 
-def _rematch(
-    task: Task, target: Target, seed: int, timed: Mapping[Plan, Outcome], pool: WorkerPool[TuningJob]
-) -> dict[Plan, Outcome]:
+def _rematch(task: Task, target: Target, seed: int, timed: Mapping[Plan, Outcome], pool: Pool) -> dict[Plan, Outcome]:
     """The default and the fastest few, timed again in turns: what was timed minutes apart is not comparable."""
     default = space.default_plan(task.spec, target.arch, target.backend)
     fastest = sorted((plan for plan in timed if plan != default), key=lambda plan: _median_us(timed[plan]))

@@ -6,32 +6,29 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from specattn_codegen import cost_model, cpu_info, space
+from specattn_codegen import cost_model, record, space
 from specattn_codegen.build.resources import Resources
+from specattn_codegen.digest import canonical_json
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
-from specattn_codegen.search import Search
-from specattn_codegen.shortlist import ranked
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_session import (
     Budget,
     Listener,
     Logbook,
+    Proposer,
     Target,
     Task,
     Trial,
-    TuningJob,
     compile_trial,
     interpret_trial,
     require_default,
 )
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.workforce import Pool, Workforce
 
-COMPILE_SECONDS = 90.0
-PROOF_SECONDS = 240.0
 BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
 SEARCH_SHARE = 0.6  # of a task's time; the rest is for proofs
 # Predictions this close count as equal: the plan that takes less of the processor wins, and the default stays.
@@ -45,17 +42,11 @@ def tune_modelled(
     logbook: Logbook,
     listener: Listener,
     publish: Callable[[Sequence[Entry]], None],
+    search_for: Callable[[Task], Proposer],
+    workforce: Workforce,
 ) -> None:
     """Publishes each task's winners as soon as they are proved; a task cut short publishes what is proved by then."""
-    workers = cpu_info.core_count()
-    with (
-        WorkerPool[TuningJob](
-            size=workers, deadline_s=COMPILE_SECONDS, environment={"TRITON_INTERPRET": None}
-        ) as compilers,
-        WorkerPool[TuningJob](
-            size=workers, deadline_s=PROOF_SECONDS, environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        ) as interpreters,
-    ):
+    with workforce("compile") as compilers, workforce("interpret") as interpreters:
         for index, task in enumerate(tasks):
             if budget.is_spent:
                 return
@@ -67,7 +58,7 @@ def tune_modelled(
             proved: dict[Plan, Record] = {}
             winners: list[Entry] = []
             try:
-                compiled = _compile(task, target, search_budget, logbook, listener, compilers)
+                compiled = _compile(task, search_for(task), target, search_budget, logbook, listener, compilers)
                 prove_winners(task, compiled, proved, target, budget, logbook, listener, interpreters)
             finally:  # Ctrl-C and the end of the time keep what is proved by then
                 winners = proved_entries(task, compiled, proved, target, logbook)
@@ -77,15 +68,15 @@ def tune_modelled(
 
 def _compile(
     task: Task,
+    search: Proposer,
     target: Target,
     budget: Budget,
     logbook: Logbook,
     listener: Listener,
-    pool: WorkerPool[TuningJob],
+    pool: Pool,
 ) -> dict[Plan, tuple[Resources, ...]]:
     """Resources of every plan that compiles and fits, the default first."""
     spec, arch = task.spec, target.arch
-    search = Search(spec, arch, target.backend, seeds=promising(task, target), trials=budget.trials, seed=budget.seed)
 
     def predict(trial: Trial, outcome: Outcome) -> Mapping[str, float]:
         if outcome.status is not Status.OK:
@@ -107,17 +98,15 @@ def _compile(
                 compiled[trial.plan] = trial.outcome.resources
                 value = _typical_us(task, trial.plan, target, trial.outcome.resources)
                 best = value if best is None else min(best, value)
-            search.tell(trial.plan, value)
+            search.tell(trial.plan, value, canonical_json(trial))
             listener.trial_done(task, trial, best)
+        for trial in record.decode(search.heard()):
+            if trial.stage == "compile" and trial.outcome.status is Status.OK:
+                compiled[trial.plan] = trial.outcome.resources
         if budget.is_spent:
             break
+    search.close()
     return compiled
-
-
-def promising(task: Task, target: Target) -> list[Plan]:
-    """The plan the model likes best for each workload before anything is compiled."""
-    best = (ranked(task.spec, workload, target.arch, target.backend)[0] for workload in task.workloads)
-    return list(dict.fromkeys(best))
 
 
 def _predicted_us(
@@ -165,7 +154,7 @@ def prove_winners(
     budget: Budget,
     logbook: Logbook,
     listener: Listener,
-    pool: WorkerPool[TuningJob],
+    pool: Pool,
 ) -> None:
     """A winner that fails its proof is dropped and the next best takes its place, until all stand or time ends."""
     standing = dict(compiled)

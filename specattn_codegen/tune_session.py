@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Protocol
 
 from specattn_codegen import environment, record
 from specattn_codegen.arch import Arch
+from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import CompileJob, InterpretJob, MeasureJob, interpreted_twin, render_for
+from specattn_codegen.measure import POLICY
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.record import Identity, Record, Stage
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.workforce import Pool, TuningJob
 
-TuningJob = CompileJob | InterpretJob | MeasureJob
+OFFENCES = 2  # after which a binary is not run again: a machine under load may kill or stall a worker once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,16 @@ class Proposer(Protocol):
         """Up to `count` plans to try next; none when there is nothing left to try."""
         ...
 
-    def tell(self, plan: Plan, value: float | None) -> None:
-        """What trying a plan gave, smaller being better; None for one that failed."""
+    def tell(self, plan: Plan, value: float | None, note: str = "") -> None:
+        """What trying a plan gave, smaller being better; None for one that failed. note: for those who share it."""
+        ...
+
+    def heard(self) -> list[str]:
+        """What others who share the search have noted since the last time this was asked."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what was asked for and not tried."""
         ...
 
 
@@ -145,36 +156,55 @@ class Logbook:
     path: Path
     environment: Environment
     known: dict[Identity, Record] = field(default_factory=dict)
+    offences: Counter[tuple[str, str, str] | None] = field(default_factory=Counter)
 
     @classmethod
     def open(cls, target: Target, heads: HeadConfig) -> Logbook:
         path = record.records_path(target.arch, heads)
         device = environment.device_name(target.arch) if target.is_present else None
         book = cls(target, path, environment.current(target.backend, device))
-        book.known = {trial.identity: trial for trial in record.read(path) if trial.is_settled}
+        for trial in record.read(path):
+            book._keep(trial)
         return book
+
+    def _keep(self, trial: Record) -> None:
+        if trial.is_settled:
+            self.known[trial.identity] = trial
+        self.offences[trial.offence] += 1
+
+    def _why_quarantined(self, blank: Record) -> str | None:
+        """Why a binary is not run again: it has killed or hung its worker before, whatever size and split it was at."""
+        times = self.offences[blank.source_digest, digest(blank.silicon), blank.environment.compiler]
+        if times < OFFENCES:
+            return None
+        return f"quarantined: its binary {blank.source_digest} has killed or hung {times} workers"
 
     def run(
         self,
-        pool: WorkerPool[TuningJob],
+        pool: Pool,
         trials: Sequence[Trial],
         predict: Callable[[Trial, Outcome], Mapping[str, float]] | None = None,
     ) -> list[Record]:
         """The records of `trials`, in their order. Those that have to run are appended to the file as they finish."""
         blanks = [self.blank(trial) for trial in trials]
-        waiting = {
-            trial.job: (trial, blank)
-            for trial, blank in zip(trials, blanks, strict=True)
-            if blank.identity not in self.known
-        }
         fresh: dict[Identity, Record] = {}
+        waiting: dict[TuningJob, tuple[Trial, Record]] = {}
+        for trial, blank in zip(trials, blanks, strict=True):
+            reason = self._why_quarantined(blank)
+            if blank.identity in self.known:
+                continue
+            if reason is None:
+                waiting[trial.job] = (trial, blank)
+            else:
+                outcome = Outcome(status=Status.RUNTIME, detail=reason)
+                fresh[blank.identity] = dataclasses.replace(blank, outcome=outcome)
         for job, outcome in pool.run(list(waiting)):
             trial, blank = waiting[job]
             predicted_us = predict(trial, outcome) if predict else {}
             finished = dataclasses.replace(blank, outcome=outcome, predicted_us=predicted_us)
             record.append(self.path, finished)
             fresh[finished.identity] = finished
-        self.known.update({identity: finished for identity, finished in fresh.items() if finished.is_settled})
+            self._keep(finished)
         return [fresh.get(blank.identity) or self.known[blank.identity] for blank in blanks]
 
     def source_digest(self, spec: KernelSpec, plan: Plan) -> str:
@@ -191,6 +221,7 @@ class Logbook:
             silicon=environment.silicon(self.target.arch),
             environment=self.environment,
             page_size=self.target.page_size if trial.stage == "measure" else 0,
+            policy=POLICY if trial.stage == "measure" else "",
             outcome=Outcome(status=Status.INVALID, detail="not tried"),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import pickle
 import signal
@@ -15,14 +16,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 from specattn_codegen.errors import BuildError, SpecAttnError, SpecError
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.outcome import DIED, HUNG, Outcome, Status
 
 STARTUP_S = 180.0  # importing torch on a busy machine; a candidate's own deadline starts after it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -85,6 +86,7 @@ class WorkerPool(Generic[JobType]):
         self._deadline_s = deadline_s
         self._environment = dict(environment or {})
         self._workers: list[_Worker[JobType]] = []
+        self._begun: list[JobType] = []
 
     def __enter__(self) -> WorkerPool[JobType]:
         return self
@@ -95,13 +97,24 @@ class WorkerPool(Generic[JobType]):
         for worker in list(self._workers):
             self._kill(worker)
 
+    def start(self, jobs: Sequence[JobType]) -> None:
+        """Hands jobs to workers that are up and idle, and comes back at once. The next run yields them too."""
+        for job in jobs:
+            idle = next((worker for worker in self._workers if worker.job is None), None)
+            if idle is None:
+                self._begun.append(job)
+            else:
+                idle.job = job
+                self._send(idle)
+
     def run(self, jobs: Iterable[JobType]) -> Generator[tuple[JobType, Outcome], None, None]:
         """Yields (job, outcome) as jobs finish; a caller that stops early kills what it did not wait for.
 
         A job is taken from `jobs` only when a worker is free for it, so the iterable may decide what comes next from
         what came back. Raises WorkerError for a bug in a job and SpecError for a mistake only the worker could see.
         """
-        waiting = iter(jobs)
+        begun, self._begun = self._begun, []
+        waiting = itertools.chain(begun, jobs)
         exhausted = False
         try:
             while True:
@@ -187,7 +200,7 @@ class WorkerPool(Generic[JobType]):
 
     def _time_out(self, worker: _Worker[JobType]) -> tuple[JobType, Outcome]:
         self._kill(worker)
-        detail = f"no result after {self._deadline_s:g} s" if worker.started else f"no start within {STARTUP_S:g} s"
+        detail = f"{HUNG}{self._deadline_s:g} s" if worker.started else f"no start within {STARTUP_S:g} s"
         return self._take_job(worker), Outcome(status=Status.TIMEOUT, detail=detail)
 
     @staticmethod
@@ -208,8 +221,8 @@ class WorkerPool(Generic[JobType]):
 
 def _how_it_died(code: int) -> str:
     if code < 0:
-        return f"the worker was killed by {signal.Signals(-code).name}"
-    return f"the worker left with exit code {code}"
+        return f"{DIED}was killed by {signal.Signals(-code).name}"
+    return f"{DIED}left with exit code {code}"
 
 
 def serve(descriptor: int) -> None:

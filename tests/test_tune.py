@@ -20,10 +20,12 @@ from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
+from specattn_codegen.seeds import model_seeds
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 from specattn_codegen.tune import plan_tasks, tune
 from specattn_codegen.tune_measured import winner
 from specattn_codegen.tune_session import Budget, Logbook, Target, Task, Trial, require_default
+from specattn_codegen.workforce import Replay
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
@@ -142,7 +144,7 @@ def compiled(*plans: Plan) -> dict[Plan, tuple[Resources, ...]]:
 def test_among_equal_predictions_the_default_then_the_best_over_all_sizes() -> None:
     task = Task(spec=GPU_VERIFY, workloads=SIZES)
     default = space.default_plan(GPU_VERIFY, H100.arch, "triton")
-    everything = compiled(default, *tune_modelled.promising(task, H100))
+    everything = compiled(default, *model_seeds(task, H100))
     for workload in SIZES:
         times = {
             plan: predict(GPU_VERIFY, workload, plan, H100.arch, taken).latency_us for plan, taken in everything.items()
@@ -156,10 +158,10 @@ def test_among_equal_predictions_the_default_then_the_best_over_all_sizes() -> N
     assert tune_modelled.choose(task, SIZES[0], {}, H100) is None
 
 
-def test_promising_plans_are_the_models_best_for_some_size() -> None:
+def test_the_models_seeds_are_its_best_for_each_size() -> None:
     task = Task(spec=GPU_VERIFY, workloads=SIZES)
     feasible = compiled(*space.feasible(GPU_VERIFY, H100.arch, "triton"))
-    for workload, plan in zip(SIZES, tune_modelled.promising(task, H100), strict=False):
+    for workload, plan in zip(SIZES, model_seeds(task, H100), strict=False):
         best = min(
             predict(GPU_VERIFY, workload, other, H100.arch, taken).latency_us for other, taken in feasible.items()
         )
@@ -192,7 +194,7 @@ def test_a_winner_that_fails_its_proof_gives_way_to_the_next_best() -> None:
         task, SIZES[0], {plan: taken for plan, taken in everything.items() if plan != best}, H100
     )
     book = Refuting(H100, Path("never written"), environment.current("triton", None), refuted={best})
-    with tune_modelled.WorkerPool(size=1, deadline_s=1.0) as pool:
+    with Replay([])("interpret") as pool:
         proved: dict[Plan, Record] = {}
         budget = Budget(trials=1, seed=0)
         tune_modelled.prove_winners(task, everything, proved, H100, budget, book, Watcher(), pool)

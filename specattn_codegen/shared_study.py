@@ -1,0 +1,97 @@
+"""Studies that several processes search together, on Optuna's own storages: a journal file, a database, a gRPC proxy.
+
+A trial under way belongs to a worker. One whose worker is gone is marked as failed, so that its plan is tried again.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from specattn_codegen.errors import SpecError
+
+WORKER, NOTE, FAILED, REFUSED = "worker", "note", "failed", "refused"  # names of a trial's attributes
+LOST_AFTER_S = 900.0  # a trial of another machine that has been under way for this long is taken to be lost
+GRPC_PORT = 13000  # Optuna's own default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One study by name. worker: who this process is, as in `host:pid:start`."""
+
+    storage: BaseStorage
+    name: str
+    worker: str
+
+    def open(self, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+        """Joins the study, or starts it; trials whose workers are gone are given up first."""
+        study = optuna.create_study(storage=self.storage, study_name=self.name, sampler=sampler, load_if_exists=True)
+        reap(study)
+        return study
+
+
+def reap(study: optuna.Study) -> int:
+    """Fails the trials whose workers are gone; how many there were."""
+    lost = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if _is_lost(str(trial.user_attrs.get(WORKER, "")), trial.datetime_start)
+    ]
+    for trial in lost:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    return len(lost)
+
+
+def _is_lost(worker: str, started: dt.datetime | None) -> bool:
+    host, _, process = worker.partition(":")
+    pid, _, start = process.partition(":")
+    if host == socket.gethostname() and start:
+        return _start_of(int(pid)) != start
+    if started is None:
+        return True
+    return (dt.datetime.now() - started).total_seconds() > LOST_AFTER_S
+
+
+def worker_name() -> str:
+    """Host, process and when it began, where the system says, since process ids are used again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_start_of(os.getpid()) or ''}"
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in clock ticks since boot; None for one that is gone or only waits to be collected."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def open_storage(url: str) -> BaseStorage:
+    """journal:PATH; grpc://HOST:PORT; or a database URL as SQLAlchemy takes it, as in sqlite:///PATH or
+    postgresql+psycopg://USER@HOST/NAME. Raises SpecError."""
+    parts = urlsplit(url)
+    if parts.scheme == "journal":
+        path = Path(url.removeprefix("journal:").removeprefix("//")).expanduser()
+        if not path.name:
+            raise SpecError(f"--storage {url}: names no file; as in journal:studies.log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path)))
+    if parts.scheme == "grpc":
+        return GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or GRPC_PORT)
+    if not parts.scheme:
+        raise SpecError(f"--storage {url}: must be journal:PATH, grpc://HOST:PORT or a database URL")
+    try:
+        return RDBStorage(url)
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(f"--storage {url}: cannot be opened ({reason})") from error
