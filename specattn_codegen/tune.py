@@ -16,6 +16,7 @@ from specattn_codegen.pack import Entry
 from specattn_codegen.search import Sampler, Search, Strategy
 from specattn_codegen.shared_study import Share, worker_name
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_measured import tune_measured
 from specattn_codegen.tune_modelled import tune_modelled
 from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task
@@ -46,8 +47,8 @@ def study_name(task: Task, target: Target) -> str:
     """Equal for searches whose values compare: the same silicon, kernel, sizes, space, templates and measurement."""
     spec, arch = task.spec, target.arch
     default = space.default_plan(spec, arch, target.backend)
-    axes = space.axes(spec, target.backend)
     source = render_for(spec, default, arch).digest
+    axes = space_digest(spec, target.backend)
     identity = digest(environment.silicon(arch), spec, task.workloads, axes, source, target.page_size, POLICY)
     return f"{arch.name} {spec.heads.name} {task.name} {identity}"
 

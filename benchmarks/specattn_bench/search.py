@@ -1,0 +1,146 @@
+"""How many trials does each search need? Replayed on sweeps, in which every plan's time is known."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+from rich import box
+from rich.table import Table
+
+from specattn_bench import report, sweep_cases
+from specattn_bench.sweep_cases import CASES, SearchCase, Sweep
+from specattn_codegen import cpu_info
+from specattn_codegen.arch import Arch
+from specattn_codegen.digest import to_plain
+from specattn_codegen.errors import SpecError
+from specattn_codegen.plan import Plan
+from specattn_codegen.search import SAMPLERS, Sampler, Search, Strategy
+from specattn_codegen.seeds import model_seeds
+from specattn_codegen.shortlist import ranked
+from specattn_codegen.tune_session import Target, Task
+
+HELP = """Replays searches on the sweeps of this processor, which `specattn-bench sweep` made: nothing is timed.
+
+Each search gets the times it asks for, and is told how far its best plan so far is from the best there is. Medians
+are over seeds. `within` is the trials until the best so far is that close to the best; `never` where the trials did
+not suffice.
+
+\b
+Examples:
+  specattn-bench search
+  specattn-bench search --case verify-bfloat16 --sampler gp --trials 200
+"""
+WITHIN = 0.03  # of the best plan
+CHECKED_AT = (20, 40, 60)  # trials
+
+
+@click.command("search", help=HELP, short_help="Samplers compared on recorded sweeps.")
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="May be repeated.  [default: all]")
+@click.option("--sampler", "samplers", multiple=True, type=click.Choice(SAMPLERS), help="May be repeated.")
+@click.option("--trials", default=400, show_default=True, type=click.IntRange(min=1), help="At most, of each search.")
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Searches of each kind.")
+@click.option("--save", is_flag=True, help="Write the answer to benchmarks/results/<processor>/ of this checkout.")
+def command(cases: tuple[str, ...], samplers: tuple[Sampler, ...], trials: int, seeds: int, save: bool) -> None:
+    arch = cpu_info.detect(measure=False)
+    load = report.load_average()
+    answers = [
+        answer
+        for name in cases or tuple(CASES)
+        for answer in compare(CASES[name], sweep_of(arch, CASES[name]), arch, samplers or SAMPLERS, trials, seeds)
+    ]
+    report.screen().print(table(answers))
+    if save:
+        whole = {**report.header("search", arch, load), "label": "replayed", "within": WITHIN, "answers": answers}
+        report.write_json(report.saved_path(arch, "search"), whole)
+
+
+def sweep_of(arch: Arch, case: SearchCase) -> Sweep:
+    path: Path = sweep_cases.sweep_path(arch, case)
+    if not path.exists():
+        raise SpecError(f"--case {case.name}: {path} does not exist; make it with specattn-bench sweep {case.name}")
+    return sweep_cases.read(path)
+
+
+def compare(
+    case: SearchCase, sweep: Sweep, arch: Arch, samplers: Sequence[Sampler], trials: int, seeds: int
+) -> list[dict[str, object]]:
+    """One answer a sampler, with the cost model's seeds and, for those that learn, without."""
+    times, answers = sweep.times_us, list[dict[str, object]]()
+    best = min(times.values())
+    task = Task(spec=case.spec, workloads=(case.workload,))
+    target = Target(arch=arch, backend="cpu", is_present=True, page_size=sweep_cases.PAGE_SIZE)
+    hints = model_seeds(task, target)
+    first = times[ranked(case.spec, case.workload, arch, "cpu")[0]]
+    for sampler in samplers:
+        for seeded in (True, False):
+            if seeded and sampler in ("random", "grid"):
+                continue
+            curves = [
+                regrets(times, search(case, arch, sampler, hints if seeded else [], trials, seed))
+                for seed in range(seeds)
+            ]
+            answers.append(
+                {
+                    "case": case.name,
+                    "feasible": len(times),
+                    "best_us": best,
+                    "noise": sweep.noise,
+                    "within_reach": sum(time <= best * (1 + WITHIN) for time in times.values()),
+                    "model_first_regret": first / best - 1,
+                    "sampler": sampler,
+                    "seeded": seeded,
+                    "regret": {
+                        str(at): statistics.median(curve[min(at, len(curve)) - 1] for curve in curves)
+                        for at in CHECKED_AT
+                    },
+                    "trials_within": _median_trials(curves),
+                    "plan": to_plain(dict(min(times, key=times.__getitem__).settings)),
+                }
+            )
+    return answers
+
+
+def search(case: SearchCase, arch: Arch, sampler: Sampler, hints: Sequence[Plan], trials: int, seed: int) -> Search:
+    strategy = Strategy(sampler=sampler, trials=trials, seed=seed)
+    return Search(case.spec, arch, "cpu", seeds=hints, strategy=strategy)
+
+
+def regrets(times: Mapping[Plan, float], search: Search) -> list[float]:
+    """After each trial, how much slower the best plan so far is than the best there is. Stops where it is found."""
+    best, so_far, curve = min(times.values()), float("inf"), list[float]()
+    while plans := search.ask(1):
+        for plan in plans:
+            search.tell(plan, times[plan])
+            so_far = min(so_far, times[plan])
+            curve.append(so_far / best - 1)
+        if so_far == best:
+            break
+    return curve
+
+
+def _median_trials(curves: Sequence[Sequence[float]]) -> float | None:
+    """Trials until WITHIN; None where most searches never came so close."""
+    needed = [next((at + 1 for at, regret in enumerate(curve) if regret <= WITHIN), None) for curve in curves]
+    found = sorted(count if count is not None else float("inf") for count in needed)
+    middle = statistics.median(found)
+    return None if middle == float("inf") else middle
+
+
+def table(answers: Sequence[dict[str, object]]) -> Table:
+    shown = Table(box=box.SIMPLE)
+    for title in ("case", "plans", "sampler", "seeds", *(f"after {at}" for at in CHECKED_AT), f"within {WITHIN:.0%}"):
+        shown.add_column(title, justify="left" if title in ("case", "sampler", "seeds") else "right", no_wrap=True)
+    for answer in answers:
+        regret = answer["regret"]
+        shown.add_row(
+            str(answer["case"]),
+            str(answer["feasible"]),
+            str(answer["sampler"]),
+            "model" if answer["seeded"] else "",
+            *(f"{value:.1%}" for value in regret.values()) if isinstance(regret, dict) else (),
+            "never" if answer["trials_within"] is None else f"{answer['trials_within']:g}",
+        )
+    return shown
