@@ -30,7 +30,7 @@ STARTUP_TRIALS = 10  # before a sampler trusts what it has seen
 _MAKERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, with_margin=True, warn_independent_sampling=False),
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # never asked: a grid is walked
 }
@@ -70,7 +70,9 @@ class Search:
         strategy: Strategy,
     ) -> None:
         self._backend: Backend = backend
-        self._axes = space.axes(spec, backend)
+        every = space.axes(spec, backend)
+        self._fixed_settings = {axis.name: axis.values[0] for axis in every if len(axis.values) == 1}
+        self._axes = [axis for axis in every if len(axis.values) > 1]
         default = space.default_plan(spec, arch, backend)
         feasible = list(space.feasible(spec, arch, backend))
         self._untried = dict.fromkeys((default, *seeds, *feasible))
@@ -183,7 +185,7 @@ class Search:
 
     def _plan_of(self, positions: dict[str, int]) -> Plan:
         settings: dict[str, Setting] = {axis.name: axis.values[positions[axis.name]] for axis in self._axes}
-        return Plan.of(self._backend, **settings)
+        return Plan.of(self._backend, **self._fixed_settings, **settings)
 
     def _listen(self) -> None:
         """Takes in what other processes have tried, and what they are trying."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from specattn_bench import report, sweep_cases
 from specattn_bench.sweep_cases import CASES, SearchCase, Sweep
-from specattn_codegen import cpu_info
+from specattn_codegen import cpu_info, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
@@ -104,7 +104,9 @@ def compare(
 
 
 def search(case: SearchCase, arch: Arch, sampler: Sampler, hints: Sequence[Plan], trials: int, seed: int) -> Search:
-    strategy = Strategy(sampler=sampler, trials=trials, seed=seed)
+    feasible = sum(1 for _ in space.feasible(case.spec, arch, "cpu"))
+    # One fewer than there are: a search that may try all of them sweeps, in the order of the axes.
+    strategy = Strategy(sampler=sampler, trials=min(trials, feasible - 1), seed=seed)
     return Search(case.spec, arch, "cpu", seeds=hints, strategy=strategy)
 
 
