@@ -89,6 +89,8 @@ class PagedCache:
         length = self.lengths[source] if length is None else length
         if not 0 <= length <= self.lengths[source]:
             raise SpecError(f"length={length}: request {source} has 0 .. {self.lengths[source]} keys to share")
+        if not length:
+            return
         if self.lengths[target]:
             raise SpecError(f"request {target} has {self.lengths[target]} keys: free it before it shares another's")
         pages = self._held[source][: self.pages_for(length)]

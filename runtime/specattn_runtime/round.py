@@ -235,13 +235,12 @@ class Decoder:
 
     def refresh(self, turns: Turns, verified: Verified, view: DraftView | None) -> DraftView:
         """What the next drafts read: keys selected anew for every turn with a policy, `view` for the others."""
-        rows = verified.rows
-        due = [turn is None or turn.policy is not None for turn in turns]
-        least_lse = least_lses(verified) if self.preset.uses_references else None
-        if view is not None and not any(turn and turn.policy for turn in turns):
+        due = [turn is not None and turn.policy is not None for turn in turns]
+        least_lse = least_lses(verified, view) if self.preset.uses_references else None
+        if view is not None and not any(due):
             return dataclasses.replace(view, least_lse=least_lse)
         selections = () if self.preset.uses_page_bounds else self._select(turns, verified)
-        fresh = DraftView(selections=selections, tail_start=rows.prefix_lens, least_lse=least_lse)
+        fresh = DraftView(selections=selections, tail_start=verified.rows.prefix_lens, least_lse=least_lse)
         return fresh if view is None or all(due) else merge_views(view, fresh, due)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -309,12 +308,14 @@ class Decoder:
         return self.cache.page_table.device
 
 
-def least_lses(verified: Verified) -> torch.Tensor:
-    """[layers, B, Hq], the least over each request's rows; infinite for a request without any."""
+def least_lses(verified: Verified, view: DraftView | None) -> torch.Tensor:
+    """[layers, B, Hq], the least over each request's rows; the view's, or infinite, for a request without any."""
     rows, lses = verified.rows, torch.stack(list(verified.lses))  # [layers, total_q, Hq]
     padded = lses.new_full((len(lses), len(rows.counts), rows.max_q, lses.shape[2]), math.inf)
     padded[:, rows.requests, rows.offsets] = lses
-    return padded.amin(dim=2)
+    least = padded.amin(dim=2)
+    before = least if view is None or view.least_lse is None else view.least_lse
+    return torch.where((rows.kv_lens > rows.prefix_lens)[:, None], least, before)
 
 
 def _kept(turn: Turn | None, emitted: Emitted | None) -> int:

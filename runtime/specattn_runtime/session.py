@@ -19,6 +19,7 @@ from specattn_runtime.paged_cache import PagedCache
 from specattn_runtime.request import Request
 from specattn_runtime.round import CausalModel, Decoder
 from specattn_runtime.stopwatch import Stopwatch
+from specattn_runtime.turn import Turn
 
 
 class LanguageModel(CausalModel, Protocol):
@@ -60,8 +61,10 @@ class Session:
     Whoever is in has pages for the longest text it may get, so that nobody is ever thrown out. No two requests need
     have anything in common but the preset.
 
-    rounds  steps that did something, each one pass over the whole cache
-    shares  selected keys over prefix keys, a round with drafts to come
+    share_prefixes  a prompt that begins like a text in the batch uses that text's pages instead of its own. Saves time
+                    and memory; the rounding of its keys then depends on who else is there
+    rounds          passes over the whole cache
+    shares          selected keys over prefix keys, a round with drafts to come
     """
 
     model: LanguageModel
@@ -69,6 +72,7 @@ class Session:
     cache: PagedCache
     spec: DecodeSpec
     places: list[int | None]
+    share_prefixes: bool = False
     rounds: int = 0
     shares: list[float] = field(default_factory=list)
     _requests: list[Request] = field(default_factory=list)
@@ -115,23 +119,31 @@ class Session:
     @torch.inference_mode()
     def step(self) -> list[Progress]:
         """One round for everybody in the batch, those that join it now included."""
-        for place in self._admit():
-            request = self._at(place)
-            self.decoder.prefill(place, request.prompt[: len(request.prompt) - request.joined_rows])
-        if not self.running:
-            return []
+        self._admit()
         turns = [None if number is None else self._requests[number].turn() for number in self.places]
+        progress = [each for group in self._groups(turns) for each in self._round(group)]
+        if self._view is not None and self._view.selections and self.running:
+            self.shares.append(self._view.selected_share)
+        return progress
+
+    def _groups(self, turns: Sequence[Turn | None]) -> list[list[Turn | None]]:
+        """Turns that share a pass. Prompts that join have no references to be scored by, and would take the others'
+        with them: they go first, so that nobody's scores depend on who else is there."""
+        sides = (True, False) if self.spec.preset.uses_references else (None,)
+        groups = [[turn if turn and side in (None, turn.joins) else None for turn in turns] for side in sides]
+        return [group for group in groups if any(group)]
+
+    def _round(self, turns: Sequence[Turn | None]) -> list[Progress]:
         emitted, self._view = self.decoder.round(turns, self._view)
         self.rounds += 1
         progress = []
-        for place, (number, given) in enumerate(zip(list(self.places), emitted, strict=True)):
-            if number is not None and given is not None:
+        for place, given in enumerate(emitted):
+            if given is not None:
+                number = self._at(place)
                 tokens = self._requests[number].take(given)
                 progress.append(Progress(request=number, tokens=tokens, ended=self._requests[number].ended))
                 if self._requests[number].ended:
                     self._leave(place)
-        if self._view is not None and self._view.selections and self.running:
-            self.shares.append(self._view.selected_share)
         return progress
 
     def cancel(self, request: int) -> None:
@@ -146,27 +158,48 @@ class Session:
         """What a request has got, now or in the end."""
         return self._requests[request].result()
 
-    def _admit(self) -> list[int]:
-        """Gives places to those who wait, in their order; returns the places."""
-        joined = []
+    def _admit(self) -> None:
+        """Gives places to those who wait, in their order, and prefills their prompts up to what joins the round."""
         for place in [place for place, number in enumerate(self.places) if number is None]:
-            if not self._waiting or self._pages(self._requests[self._waiting[0]]) > self._unpromised_pages():
-                break
+            if not self._waiting:
+                return
+            request = self._requests[self._waiting[0]]
+            prefilled = request.prompt[: len(request.prompt) - request.joined_rows]
+            source, shared = self._longest_shared(prefilled)
+            if self._pages(request) - shared // self.cache.page_size > self._unpromised_pages():
+                return
             self.places[place] = self._waiting.popleft()
-            joined.append(place)
-        return joined
+            self.cache.fork(source, place, shared)
+            self.decoder.prefill(place, prefilled[shared:])
+
+    def _longest_shared(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The place whose cached text has the most tokens at its start in common with a prompt, and how many."""
+        found = [(0, 0)]
+        for place, number in enumerate(self.places if self.share_prefixes else []):
+            if number is not None:
+                request = self._requests[number]
+                cached = [*request.prompt, *request.tokens][: self.cache.lengths[place]]
+                pairs = enumerate(zip(cached, prompt, strict=False))
+                parted = next((index for index, (one, other) in pairs if one != other), min(len(cached), len(prompt)))
+                found.append((place, parted))
+        return max(found, key=lambda pair: pair[1])
 
     def _unpromised_pages(self) -> int:
-        """Pages that nobody in the batch may come to need."""
-        return self.cache.num_pages - sum(self._pages(self._requests[number]) for number in self.running)
+        """Free pages that nobody in the batch may come to need, to grow or to have a shared page to itself."""
+        promised = sum(
+            self._pages(self._requests[number]) - len(self.cache.pages(place)) + self.share_prefixes
+            for place, number in enumerate(self.places)
+            if number is not None
+        )
+        return self.cache.free_pages - promised
 
     def _pages(self, request: Request) -> int:
         return self.cache.pages_for(request.most_keys)
 
-    def _at(self, place: int) -> Request:
+    def _at(self, place: int) -> int:
         number = self.places[place]
         assert number is not None
-        return self._requests[number]
+        return number
 
     def _leave(self, place: int) -> None:
         self.cache.free(place)
@@ -180,13 +213,15 @@ def open_session(
     *,
     max_requests: int,
     num_pages: int,
+    share_prefixes: bool = False,
     clock: Callable[[], float] | None = None,
 ) -> Session:
     """A session without requests, over a new cache.
 
-    kernels       for every layer, or one set a layer, all for the model's dtype and device and spec.page_size
-    max_requests  in the batch at a time; more wait
-    num_pages     of the cache, shared by all
+    kernels         for every layer, or one set a layer, all for the model's dtype and device and spec.page_size
+    max_requests    in the batch at a time; more wait
+    num_pages       of the cache, shared by all
+    share_prefixes  see Session
     """
     if max_requests < 1:
         raise SpecError(f"max_requests={max_requests}: must be at least 1")
@@ -210,7 +245,8 @@ def open_session(
         preset=spec.preset,
         stopwatch=Stopwatch() if clock is None else Stopwatch(clock),
     )
-    return Session(model=model, decoder=decoder, cache=cache, spec=spec, places=[None] * max_requests)
+    places: list[int | None] = [None] * max_requests
+    return Session(model=model, decoder=decoder, cache=cache, spec=spec, places=places, share_prefixes=share_prefixes)
 
 
 def require_servable(model: LanguageModel, prompt: Sequence[int], spec: DecodeSpec, name: str) -> None:
