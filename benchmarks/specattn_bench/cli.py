@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import click
 
-from specattn_bench import reference, search, sweep, verify
+from specattn_bench import mixed, reference, search, selection, sparse, sweep, verify
 from specattn_codegen.cli import console
 
-QUESTIONS: tuple[click.Command, ...] = (verify.command, reference.command, sweep.command, search.command)
+QUESTIONS: tuple[click.Command, ...] = (
+    verify.command,
+    selection.command,
+    sparse.command,
+    mixed.command,
+    reference.command,
+    sweep.command,
+    search.command,
+)
 HELP = """How fast are the kernels, beside what else there is and beside what this machine can do at all?
 
 Every question times its series in turns, on data no cache holds, and prints medians, its peers in the same run, and

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from specattn_bench.plans import Chosen, NotServedError, Plans, choose
-from specattn_bench.series import AnySeries
+from specattn_bench.series import AnySeries, Contender
 from specattn_bench.timing import Launch
 from specattn_codegen import build
 from specattn_codegen.arch import Arch
@@ -58,7 +58,7 @@ def launches(kernel: Kernel, calls: Sequence[Call]) -> list[Launch]:
     return [functools.partial(kernel.launch, call, workspace) for call in calls]
 
 
-def timed(contenders: Sequence[tuple[AnySeries, Callable[[], None] | None]], seconds: float) -> list[AnySeries]:
+def timed(contenders: Sequence[Contender[AnySeries]], seconds: float) -> list[AnySeries]:
     """Every series with its timing, for `seconds` in all; those without a launch as they are."""
     with torch.inference_mode():
         found = iter(time_interleaved([run for _, run in contenders if run], seconds=seconds, timer=host_timer))

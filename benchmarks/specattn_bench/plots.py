@@ -62,7 +62,7 @@ def draw(
     figure.savefig(path, dpi=160)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=FONT_SIZE, length=3)
@@ -72,7 +72,7 @@ def _plain(axes: Axes) -> None:
 
 def roofline(axes: Axes, ceilings: Ceilings, points: Sequence[Point], colour: Mapping[str, str]) -> None:
     """Measured ceilings as lines; every point under the roof of its dtype."""
-    _plain(axes)
+    plain(axes)
     axes.set(xscale="log", yscale="log")
     dtypes = list(dict.fromkeys(point.dtype for point in points))
     low = min(point.intensity for point in points) / 1.8
@@ -144,7 +144,7 @@ def _name_stacks(axes: Axes, points: Sequence[Point]) -> None:
 
 def ratio_bars(axes: Axes, bars: Bars, colour: Mapping[str, str]) -> None:
     """Groups of bars by case that rise from 1 where faster and hang from it where slower."""
-    _plain(axes)
+    plain(axes)
     axes.grid(visible=False, axis="x")
     axes.set_yscale("log", base=2)
     cases = list(dict.fromkeys(case for by_case in bars.values.values() for case in by_case))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from specattn_bench.plans import Chosen
 from specattn_codegen.cost_model.floor import Work
 from specattn_codegen.outcome import Timing
+from specattn_codegen.spec import Dtype
 
 Kind = Literal["ours", "beside", "peer"]
 
@@ -17,6 +19,9 @@ class Case(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
 
     def facts(self) -> dict[str, object]:
         """The case in a JSON object."""
@@ -30,15 +35,17 @@ CaseT = TypeVar("CaseT", bound=Case)
 class Series(Generic[CaseT]):
     """One way to do the case's work. refused says why it was not timed; timing is None exactly then.
 
-    name  how it goes about it
-    kind  ours; beside, another operation of ours that shows what ours is worth; or a peer
-    work  the least bytes and operations of what it does
+    name       how it goes about it
+    kind       ours; beside, what ours is held against that is ours, too; or a peer
+    work       the least bytes and operations of what it does
+    scattered  bytes of the rows that it reads from anywhere; None where it reads memory in order
     """
 
     case: CaseT
     name: str
     kind: Kind
     work: Work
+    scattered: int | None = None
     chosen: Chosen | None = None
     timing: Timing | None = None
     refused: str = ""
@@ -49,3 +56,4 @@ class Series(Generic[CaseT]):
 
 
 AnySeries = TypeVar("AnySeries", bound=Series)
+Contender = tuple[AnySeries, Callable[[], None] | None]  # a series and one of its turns; None where it is refused

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from specattn_bench import peers
 from specattn_bench.measured import SEED, built, launches, load, timed
 from specattn_bench.plans import DEFAULT, choose
+from specattn_bench.series import Contender
 from specattn_bench.timing import in_turn, turns
 from specattn_bench.verify_series import SCORES, Asked, Case, Series
 from specattn_codegen.arch import Arch
@@ -26,7 +26,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     problem = _problem(asked, case, arch)
     count, turn = turns(problem.k_cache.nbytes + problem.v_cache.nbytes, arch)
     copies = rotated(problem, count)
-    contenders: list[tuple[Series, Callable[[], None] | None]] = []
+    contenders: list[Contender[Series]] = []
     for one, kernel in ours:
         run = None
         if kernel is not None:
