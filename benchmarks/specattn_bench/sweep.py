@@ -37,7 +37,7 @@ EXTENT = Extent(keys=0, ragged=600, rows=9)  # of the proofs
 @click.command("sweep", help=HELP, short_help="Every plan of a search space, timed.")
 @click.argument("name", type=click.Choice(list(CASES)))
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(min=1), help="To add to the file.")
-@click.option("--build-only", is_flag=True, help="Build and prove every binary, and time nothing.")
+@click.option("--build-only", is_flag=True, help="Build and prove every binary; time nothing yet.")
 def command(name: str, rounds: int, build_only: bool) -> None:
     case = CASES[name]
     arch = cpu_info.detect(measure=False)
@@ -49,18 +49,19 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     kernels = {plan: build.load(render_for(case.spec, plan, arch)) for plan in plans}
     if known is None:
         prove_each(case, kernels)
-    if build_only:
-        return
     if known is not None and set(known.rounds_us) != set(plans):
         raise SpecError(f"{path}: was made of another space; move it away")
     times = {plan: list(known.rounds_us[plan]) if known else [] for plan in plans}
+    header = {**report.header(f"sweep-{name}", arch, load), "case": to_plain(case), "calls": CALLS}
+    if build_only:
+        sweep_cases.write(path, Sweep(header=header, rounds_us=times))
+        return
     calls = timed_calls(case.spec, case.workload, arch, page_size=PAGE_SIZE, seed=0)
     started = time.monotonic()
     first = len(times[plans[0]])
     for turn in range(first, first + rounds):
         for plan, median_us in one_round(kernels, calls, seed=turn):
             times[plan].append(median_us)
-    header = {**report.header(f"sweep-{name}", arch, load), "case": to_plain(case), "calls": CALLS}
     sweep = Sweep(header=header, rounds_us=times)
     sweep_cases.write(path, sweep)
     best = min(sweep.times_us.values())
