@@ -22,6 +22,7 @@ def accepted_by_hand(drafts: list[int], targets: list[int]) -> int:
     return count
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=0, max_size=5), min_size=1, max_size=4)
 )
@@ -145,6 +146,7 @@ def test_two_drafts_and_what_follows_have_the_law_of_sampling_one_by_one() -> No
     }
 
 
+@settings(deadline=None)
 @given(WEIGHTS, WEIGHTS)
 def test_the_closed_identity(draft: list[int], target: list[int]) -> None:
     """In multiples of 2^-20, where float64 is exact: p * min(1, q / p) + residual = q, and both refuse as often."""

@@ -15,6 +15,8 @@ from specattn_runtime.sampling import GREEDY, Sampling
 class DecodeSpec:
     """preset            how drafts choose their keys, or that there are none
     draft_len         drafts a round; without drafts it only splits the prefill as the speculative run does
+    adaptive          make fewer drafts where that gives more tokens a second, by what rounds have cost and how often
+                      drafts have held. Sampled texts then depend on the clock: same distribution, not same text
     budget            keys that drafts read, as a share of the prefix, above 0 and at most 1
     refresh_interval  rounds that drafts read the same keys for, beside all newer ones
     sampling          how tokens are chosen
@@ -25,6 +27,7 @@ class DecodeSpec:
 
     preset: Preset
     draft_len: int = 6
+    adaptive: bool = False
     budget: float = 0.07
     refresh_interval: int = 1
     sampling: Sampling = GREEDY

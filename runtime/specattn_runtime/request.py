@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.draft_length import acceptance_rate
 from specattn_runtime.generation import RequestResult
 from specattn_runtime.turn import Emitted, Turn
+
+RECENT_ROUNDS = 16  # whose drafts tell how good the next ones are
 
 
 @dataclass(slots=True)
@@ -39,9 +42,19 @@ class Request:
         """Keys in the cache at its end: all but the last token's."""
         return len(self.prompt) + self.spec.max_new_tokens - 1
 
-    def turn(self) -> Turn:
-        """Its part in the next round."""
-        draft_len = self._draft_len()
+    @property
+    def longest_draft(self) -> int:
+        """Drafts its next round may make: a round emits one token more than it accepts, and none past the limit."""
+        if not self.tokens or not self.spec.preset.drafts:
+            return 0
+        return min(self.spec.draft_len, self.spec.max_new_tokens - len(self.tokens) - 1)
+
+    @property
+    def acceptance_rate(self) -> float:
+        return acceptance_rate(self.accepted[-RECENT_ROUNDS:], self.drafted[-RECENT_ROUNDS:])
+
+    def turn(self, draft_len: int) -> Turn:
+        """Its part in the next round, with at most longest_draft drafts."""
         refreshes = not self.tokens or self.stale + 1 >= self.spec.refresh_interval
         self.stale = 0 if refreshes else self.stale + 1
         count = 0 if self.spec.sampling.greedy else 2 * draft_len + 1
@@ -72,12 +85,6 @@ class Request:
             accepted=tuple(self.accepted),
             drafted=tuple(self.drafted),
         )
-
-    def _draft_len(self) -> int:
-        """A round emits one token more than it accepts, and none past the limit."""
-        if not self.tokens or not self.spec.preset.drafts:
-            return 0
-        return min(self.spec.draft_len, self.spec.max_new_tokens - len(self.tokens) - 1)
 
 
 def _first_stop(tokens: Sequence[int], stop_tokens: frozenset[int]) -> int | None:

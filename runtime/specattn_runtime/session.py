@@ -12,11 +12,12 @@ import torch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.draft_length import RoundTiming, best_draft_lens, fit_costs
 from specattn_runtime.draft_view import DraftView
 from specattn_runtime.generation import RequestResult
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.request import Request
+from specattn_runtime.request import RECENT_ROUNDS, Request
 from specattn_runtime.round import CausalModel, Decoder
 from specattn_runtime.stopwatch import Stopwatch
 from specattn_runtime.turn import Turn
@@ -77,13 +78,14 @@ class Session:
     shares: list[float] = field(default_factory=list)
     _requests: list[Request] = field(default_factory=list)
     _waiting: deque[int] = field(default_factory=deque)
+    _timings: deque[RoundTiming] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
     _view: DraftView | None = None
 
     def add_request(self, prompt: Sequence[int], spec: DecodeSpec | None = None) -> int:
         """Queues a prompt of token ids; returns the request's number.
 
-        spec, by default the session's, may differ from it in everything but preset and page size. Raises SpecError for
-        what could never be served.
+        spec, by default the session's, may differ from it in everything but preset, page size and adaptive. Raises
+        SpecError for what could never be served.
         """
         spec = self.spec if spec is None else spec
         require_servable(self.model, prompt, spec, f"prompt {len(self._requests)}")
@@ -120,7 +122,8 @@ class Session:
     def step(self) -> list[Progress]:
         """One round for everybody in the batch, those that join it now included."""
         self._admit()
-        turns = [None if number is None else self._requests[number].turn() for number in self.places]
+        lengths = self._draft_lens()
+        turns = [None if number is None else self._requests[number].turn(lengths[number]) for number in self.places]
         progress = [each for group in self._groups(turns) for each in self._round(group)]
         if self._view is not None and self._view.selections and self.running:
             self.shares.append(self._view.selected_share)
@@ -133,9 +136,29 @@ class Session:
         groups = [[turn if turn and side in (None, turn.joins) else None for turn in turns] for side in sides]
         return [group for group in groups if any(group)]
 
+    def _draft_lens(self) -> dict[int, int]:
+        """Drafts of every running request's next round, by the request's number."""
+        running = [self._requests[number] for number in self.running]
+        longest = [request.longest_draft for request in running]
+        if self.spec.adaptive and self._timings:
+            rates = [request.acceptance_rate for request in running]
+            longest = best_draft_lens(fit_costs(self._timings), rates, longest)
+        return dict(zip(self.running, longest, strict=True))
+
     def _round(self, turns: Sequence[Turn | None]) -> list[Progress]:
+        phases, before = self.decoder.stopwatch.phases, dict(self.decoder.stopwatch.phases)
         emitted, self._view = self.decoder.round(turns, self._view)
         self.rounds += 1
+        present = [turn for turn in turns if turn]
+        if not any(turn.joins for turn in present):
+            spent = {name: seconds - before.get(name, 0.0) for name, seconds in phases.items()}
+            timing = RoundTiming(
+                steps=max(turn.draft_len for turn in present),
+                rows=sum(turn.rows for turn in present),
+                draft_seconds=spent["draft"],
+                verify_seconds=spent["verify"] + spent["select"],
+            )
+            self._timings.append(timing)
         progress = []
         for place, given in enumerate(emitted):
             if given is not None:
