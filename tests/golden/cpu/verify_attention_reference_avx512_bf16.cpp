@@ -341,15 +341,12 @@ template <int COUNT> struct RowBlock {
     int first;
 };
 
-template <int MOST> static inline int row_blocks(int rows) {
-    return rows / MOST + (MOST > 4 ? rows >> 2 & 1 : 0) + (rows >> 1 & 1) + (rows & 1);
-}
+static inline int row_blocks(int rows) { return rows / 8 + (rows >> 2 & 1) + (rows >> 1 & 1) + (rows & 1); }
 
-template <int MOST, typename Work> static inline void for_row_blocks(int rows, Work work) {
+template <typename Work> static inline void for_row_blocks(int rows, Work work) {
     int first = 0;
-    if constexpr (MOST >= 8)
-        for (; first + 8 <= rows; first += 8) work(RowBlock<8>{first});
-    for (; first + 4 <= rows; first += 4) work(RowBlock<4>{first});
+    for (; first + 8 <= rows; first += 8) work(RowBlock<8>{first});
+    if (rows & 4) { work(RowBlock<4>{first}); first += 4; }
     if (rows & 2) { work(RowBlock<2>{first}); first += 2; }
     if (rows & 1) work(RowBlock<1>{first});
 }
@@ -386,7 +383,7 @@ static inline void weigh_block(
     Fetcher<V_HEAD_DIM>& fetcher
 ) {
     Vec sums[ROWS][VECS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < VECS; c++) sums[r][c] = load(acc + r * DV_PADDED + (first + c) * LANES) * splat(rescale[r]);
@@ -400,7 +397,7 @@ static inline void weigh_block(
             const __m512i even = load_pairs<V_HEAD_DIM>(here.v[j], d), odd = load_pairs<V_HEAD_DIM>(here.v[j + 1], d);
             value[c] = interleave(even, odd, c & 1);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             int32_t both;
             memcpy(&both, weights + r * KEY_TILE + j, 4);
@@ -409,25 +406,29 @@ static inline void weigh_block(
             for (int c = 0; c < VECS; c++) sums[r][c] = multiply_add_pairs(sums[r][c], value[c], weight);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < VECS; c++) store(acc + r * DV_PADDED + (first + c) * LANES, sums[r][c]);
 }
 
-constexpr int V_BLOCK = 4;  // accumulators: 4 rows x V_BLOCK vectors
-constexpr int V_BLOCKS = (DV_VECS + V_BLOCK - 1) / V_BLOCK, V_LAST = (V_BLOCKS - 1) * V_BLOCK;
+// 16 accumulators: 8 rows x 2 vectors, as what V is interleaved for then serves more rows, else 4 x 4.
+template <int ROWS>
+static inline void weigh_rows(
+    float* acc, const float* rescale, const Element* weights, const Rows& here, int count, Fetcher<V_HEAD_DIM>& fetcher
+) {
+    constexpr int VECS = ROWS == 8 ? 2 : 4, LAST = (DV_VECS - 1) / VECS * VECS;
+    for (int first = 0; first < LAST; first += VECS)
+        weigh_block<ROWS, VECS>(acc, rescale, weights, here, count, first, fetcher);
+    weigh_block<ROWS, DV_VECS - LAST>(acc, rescale, weights, here, count, LAST, fetcher);
+}
 
 static void weigh_tile(float* acc, int rows, const Scratch& s, const Rows& here, const Rows& ahead, int count) {
-    Fetcher<V_HEAD_DIM> fetcher(ahead.v, row_blocks<4>(rows) * V_BLOCKS * ((count + 1) / 2));
-    for_row_blocks<4>(rows, [&](auto block) {
-        constexpr int ROWS = block.ROWS;
-        float* to = acc + block.first * DV_PADDED;
-        const float* rescale = s.rescale + block.first;
+    const int wide_steps = (DV_VECS + 1) / 2 * (rows / 8), steps = (DV_VECS + 3) / 4 * (row_blocks(rows) - rows / 8);
+    Fetcher<V_HEAD_DIM> fetcher(ahead.v, (wide_steps + steps) * ((count + 1) / 2));
+    for_row_blocks(rows, [&](auto block) {
         const Element* weights = s.weights + block.first * KEY_TILE;
-        for (int first = 0; first < V_LAST; first += V_BLOCK)
-            weigh_block<ROWS, V_BLOCK>(to, rescale, weights, here, count, first, fetcher);
-        weigh_block<ROWS, DV_VECS - V_LAST>(to, rescale, weights, here, count, V_LAST, fetcher);
+        weigh_rows<block.ROWS>(acc + block.first * DV_PADDED, s.rescale + block.first, weights, here, count, fetcher);
     });
 }
 
@@ -468,9 +469,9 @@ static void logits_of_tile(
 ) {
     const int rows = r.rows * GROUP;
     const uint32_t* q = s.q + first * D_PAIRS;
-    Fetcher<HEAD_DIM> fetcher(ahead.k, D_STEPS * (KEY_TILE / 16 + KEY_TILE / 32 * row_blocks<8>(rows)));
+    Fetcher<HEAD_DIM> fetcher(ahead.k, D_STEPS * (KEY_TILE / 16 + KEY_TILE / 32 * row_blocks(rows)));
     transpose_keys(here, s, fetcher);
-    for_row_blocks<8>(rows, [&](auto block) {
+    for_row_blocks(rows, [&](auto block) {
         dot_rows<block.ROWS>(q + block.first * D_PAIRS, s.k, s.logits + block.first * KEY_TILE, fetcher);
     });
     finish_logits(r, tile, s.logits);
