@@ -162,8 +162,9 @@ class MeasureJob:
                     return proof
                 worst = max(worst, proof.worst_error or 0.0)
             calls = _calls(self.spec, self.workload, self.arch, self.page_size, self.seed)
-            launches = [rotating(kernel, calls, device) for kernel in kernels]
-            timings = time_interleaved(launches, seconds=self.seconds, timer=timer_for(self.arch))
+            timings = time_interleaved(
+                rotating(kernels, calls, device), seconds=self.seconds, timer=timer_for(self.arch)
+            )
         except launch_errors(self.plans[0].backend) as error:
             return Outcome(status=Status.RUNTIME, detail=_first_line(error))
         return Outcome(status=Status.OK, worst_error=worst, timings=timings, resources=resources)

@@ -55,6 +55,10 @@ class AttentionCall:
     def batch(self) -> int:
         return self.kv_lens.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectCall:
@@ -82,6 +86,10 @@ class SelectCall:
     page_size: int = 1
     slots: torch.Tensor | None = None
     union: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.scores.device
 
     @property
     def selection(self) -> Selection:

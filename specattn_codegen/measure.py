@@ -25,11 +25,12 @@ LEAST_CALLS = 6
 MOST_CALLS = 300
 CACHES_FILLED = 2.0  # the data touched between two uses of the same bytes, in last-level caches
 MOST_COPIES = 512
+SPIN_CYCLES = 400_000  # some 200 microseconds, longer than a host takes for the launches of a call
 MEMORY_SHARE = 0.25  # of the device's memory that copies may take
 # What a time means: part of a record's identity, to be changed with anything above or below that changes it.
-POLICY = "interleaved blocks, cold cache, median"
+POLICY = "interleaved blocks, data in turns, median"
 
-Launch = Callable[[], None]
+Launch = Callable[[], object]
 Timer = Callable[[Launch], float]  # microseconds of one launch
 
 
@@ -76,31 +77,32 @@ def host_timer(launch: Launch) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-def device_timer(arch: Arch) -> Timer:
-    """Times with events behind a write of twice the L2, which empties it and lets the host run ahead."""
-    scrap = torch.empty(2 * arch.l2_bytes, dtype=torch.uint8, device="cuda")
-
-    def timer(launch: Launch) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        scrap.zero_()
-        start.record()
-        launch()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    return timer
+def device_timer(launch: Launch) -> float:
+    """Times with events behind a kernel that only spins, so that the host has launched everything before the device
+    begins. Nothing is written to clear the L2: what is dirty there would have to be written back on our time."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SPIN_CYCLES)
+    start.record()
+    launch()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def timer_for(arch: Arch) -> Timer:
-    return device_timer(arch) if arch.is_gpu else host_timer
+    return device_timer if arch.is_gpu else host_timer
 
 
-def rotating(kernel: Kernel, calls: Sequence[Call], device: str) -> Launch:
-    """Launches over the calls in turn, with one workspace."""
-    workspace = torch.empty(max(kernel.workspace_bytes(call) for call in calls), dtype=torch.uint8, device=device)
+def rotating(kernels: Sequence[Kernel], calls: Sequence[Call], device: str) -> list[Launch]:
+    """A launch for each kernel. They take the calls in turns together, so that none finds what the one before it has
+    just brought into a cache."""
     turns = itertools.cycle(calls)
-    return lambda: kernel.launch(next(turns), workspace)
+
+    def rotate(kernel: Kernel) -> Launch:
+        workspace = torch.empty(max(map(kernel.workspace_bytes, calls)), dtype=torch.uint8, device=device)
+        return lambda: kernel.launch(next(turns), workspace)
+
+    return [rotate(kernel) for kernel in kernels]
 
 
 def device_of(arch: Arch) -> str:

@@ -178,9 +178,11 @@ def workload_problem(spec: KernelSpec, workload: Workload, *, page_size: int, se
     )
 
 
-def timing_problem(spec: KernelSpec, workload: Workload, *, page_size: int, seed: int, device: str) -> AttentionProblem:
+def timing_problem(
+    spec: KernelSpec, workload: Workload, *, page_size: int, seed: int, device: str, block: int = 1
+) -> AttentionProblem:
     """As workload_problem, made on `device` and without poison, as gigabytes of keys take the host too long: for timing
-    alone. Pages are shuffled all the same."""
+    alone. Pages are shuffled all the same. The budget stays in keys where an index names a `block` of them."""
     generator = torch.Generator(device).manual_seed(seed)
     heads, batch, q_len = spec.heads, workload.batch, workload.q_len
     pages = -(-workload.kv_len // page_size)
@@ -197,8 +199,10 @@ def timing_problem(spec: KernelSpec, workload: Workload, *, page_size: int, seed
 
     indices = counts = None
     if spec.selection:
-        indices = _ascending(batch, spec.selection_heads, min(workload.budget, tail), tail, generator)
-        counts = torch.full(indices.shape[:2], min(workload.budget, tail), dtype=torch.int32, device=device)
+        blocks = tail // block
+        count = min(-(-workload.budget // block), blocks)
+        indices = _ascending(batch, spec.selection_heads, count, blocks, generator)
+        counts = torch.full(indices.shape[:2], count, dtype=torch.int32, device=device)
     cache_dtype = TORCH_DTYPES[spec.cache_dtype]
     has_reference = spec.score is not None and spec.score.normaliser == "reference"
     ones = torch.ones(heads.num_kv_heads, device=device) if spec.is_float8 else None
@@ -215,6 +219,7 @@ def timing_problem(spec: KernelSpec, workload: Workload, *, page_size: int, seed
         indices=indices,
         counts=counts,
         tail_start=integers([tail] * batch),
+        block=block,
         mode=integers([request % 2 for request in range(batch)]) if spec.op == "mixed_attention" else None,
         # About what a row's log-sum-exp is: so many keys, logits of variance 1.
         lse_ref=torch.full((total_q, heads.num_q_heads), math.log(workload.kv_len) + 0.5, device=device)

@@ -159,8 +159,9 @@ class Logbook:
     offences: Counter[tuple[str, str, str] | None] = field(default_factory=Counter)
 
     @classmethod
-    def open(cls, target: Target, heads: HeadConfig) -> Logbook:
-        path = record.records_path(target.arch, heads)
+    def open(cls, target: Target, heads: HeadConfig, path: Path | None = None) -> Logbook:
+        """Of the trials in `path`, or in the cache's file for these heads."""
+        path = path or record.records_path(target.arch, heads)
         device = environment.device_name(target.arch) if target.is_present else None
         book = cls(target, path, environment.current(target.backend, device))
         for trial in record.read(path):

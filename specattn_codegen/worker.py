@@ -225,12 +225,17 @@ def _how_it_died(code: int) -> str:
     return f"{DIED}left with exit code {code}"
 
 
+def die_with_parent() -> None:
+    """Has the kernel kill this process when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def serve(descriptor: int) -> None:
     """A worker's whole life on one socket: jobs in, outcomes out, until the other end closes."""
     os.set_inheritable(descriptor, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     channel = connection.Connection(descriptor)
     channel.send(_Ready())
     while True:

@@ -54,7 +54,8 @@ def require_plans(wanted: Sequence[tuple[KernelSpec, Workload]], arch: Arch, pla
 
 def launches(kernel: Kernel, calls: Sequence[Call]) -> list[Launch]:
     """One launch a call, over one workspace, as a decode loop has it."""
-    workspace = torch.empty(max(map(kernel.workspace_bytes, calls)), dtype=torch.uint8)
+    device = calls[0].device
+    workspace = torch.empty(max(map(kernel.workspace_bytes, calls)), dtype=torch.uint8, device=device)
     return [functools.partial(kernel.launch, call, workspace) for call in calls]
 
 

@@ -50,8 +50,8 @@ def dense_inputs(heads: HeadConfig, problem: AttentionProblem) -> DenseInputs:
         cache[pages].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
         for cache in (problem.k_cache, problem.v_cache)
     )
-    hidden = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
-    mask = torch.zeros(rows, keys, dtype=problem.q.dtype).masked_fill(hidden, float("-inf")) if rows > 1 else None
+    hidden = torch.ones(rows, keys, dtype=torch.bool, device=k.device).triu(keys - rows + 1)
+    mask = torch.zeros_like(hidden, dtype=k.dtype).masked_fill(hidden, float("-inf")) if rows > 1 else None
     q = problem.q.view(batch, rows, heads.num_q_heads, heads.head_dim).transpose(1, 2).contiguous()
     return DenseInputs(q=q, k=k, v=v, mask=mask, group=heads.group, scale=heads.scale)
 

@@ -30,7 +30,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     for one, kernel in ours:
         run = None
         if kernel is not None:
-            calls = [problem_call(kernel.spec, _inputs(kernel.spec, copy)) for copy in copies]
+            calls = [problem_call(kernel.spec, inputs_of(kernel.spec, copy)) for copy in copies]
             run = in_turn(launches(kernel, calls), turn)
         contenders.append((one, run))
     work = least_work(asked.spec(case, "none"), case.workload)
@@ -58,7 +58,7 @@ def _problem(asked: Asked, case: Case, arch: Arch) -> AttentionProblem:
     return dataclasses.replace(problem, lse_ref=call.lse)
 
 
-def _inputs(spec: KernelSpec, problem: AttentionProblem) -> AttentionProblem:
+def inputs_of(spec: KernelSpec, problem: AttentionProblem) -> AttentionProblem:
     """What a kernel takes of the problem: references only where its scores are normalised by them."""
     if spec.score is not None and spec.score.normaliser == "reference":
         return problem
