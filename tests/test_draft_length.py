@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_codegen.results import SparseOutput, VerifyOutput
+from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.draft_length import (
     RoundCosts,
@@ -104,13 +106,21 @@ class TimedKernels(ReferenceKernels):
         super().__init__(model.heads)
         self.now, self._draft, self._verify, self._useless = 0.0, draft, verify, useless
 
-    def verify_attention(self, *call: torch.Tensor, max_q: int, **options: object) -> VerifyOutput:
+    def verify_attention(
+        self,
+        *call: torch.Tensor,
+        max_q: int,
+        max_kv: int | None = None,
+        score: ScoreSpec | None = None,
+        lse_ref: torch.Tensor | None = None,
+        **_: object,
+    ) -> VerifyOutput:
         self.now += self._verify
-        return super().verify_attention(*call, max_q=max_q, **options)  # type: ignore[arg-type]
+        return super().verify_attention(*call, max_q=max_q, max_kv=max_kv, score=score, lse_ref=lse_ref)
 
-    def sparse_attention(self, *call: object, max_q: int, **_: object) -> SparseOutput:
+    def sparse_attention(self, q: torch.Tensor, *call: Any, max_q: int, **_: object) -> SparseOutput:
         self.now += self._draft
-        found = super().sparse_attention(*call, max_q=max_q)
+        found = super().sparse_attention(q, *call, max_q=max_q)
         return found._replace(out=torch.full_like(found.out, 3.0)) if self._useless else found
 
 

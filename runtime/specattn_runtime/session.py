@@ -115,6 +115,11 @@ class Session:
         return tuple(number for number in self.places if number is not None)
 
     @property
+    def total(self) -> int:
+        """Requests so far, ended ones included; they are numbered from 0."""
+        return len(self._requests)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self._waiting)
 
@@ -125,8 +130,8 @@ class Session:
         lengths = self._draft_lens()
         turns = [None if number is None else self._requests[number].turn(lengths[number]) for number in self.places]
         progress = [each for group in self._groups(turns) for each in self._round(group)]
-        if self._view is not None and self._view.selections and self.running:
-            self.shares.append(self._view.selected_share)
+        if self._view is not None and self.running:
+            self.shares.append(self._selected_share(self._view))
         return progress
 
     def _groups(self, turns: Sequence[Turn | None]) -> list[list[Turn | None]]:
@@ -180,6 +185,18 @@ class Session:
     def result(self, request: int) -> RequestResult:
         """What a request has got, now or in the end."""
         return self._requests[request].result()
+
+    def _selected_share(self, view: DraftView) -> float:
+        """Selected keys over prefix keys; of pages, which each draft step selects for itself, their budgets'."""
+        if view.selections:
+            return view.selected_share
+        held = [
+            (self._requests[number].spec.policy.budget(prefix), prefix)
+            for number, prefix in zip(self.places, view.tail_start.tolist(), strict=True)
+            if number is not None
+        ]
+        selected = sum(min(self.cache.pages_for(budget) * self.cache.page_size, prefix) for budget, prefix in held)
+        return selected / max(1, sum(prefix for _, prefix in held))
 
     def _admit(self) -> None:
         """Gives places to those who wait, in their order, and prefills their prompts up to what joins the round."""

@@ -1,4 +1,4 @@
-"""How a decoding run is shown. Knows results, not how they came about."""
+"""How a decoding run is shown, while it runs and after. Knows results, not how they came about."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 
 from rich.table import Table
 
-from specattn_runtime.generation import Difference, Generation
+from specattn_runtime.generation import Difference, Generation, RequestResult
+from specattn_runtime.session import Session
 
 Line = tuple[str, Callable[[Generation], str]]
+SHOWN_REQUESTS = 8  # of a batch, while it runs
 
 LINES: tuple[Line, ...] = (
     ("new tokens", lambda run: f"{run.new_tokens}"),
@@ -52,6 +54,28 @@ def run_table(title: str, runs: Mapping[str, Generation]) -> Table:
     for label, show in LINES:
         table.add_row(label, *(show(run) for run in runs.values()))
     return table
+
+
+def live_table(session: Session, seconds: float) -> Table:
+    """A session `seconds` after its start: a line a running request, the first ones of many, and one for all."""
+    cache, waiting = session.cache, len(session.waiting)
+    used = cache.num_pages - cache.free_pages
+    table = Table(title=f"round {session.rounds}, {used} of {cache.num_pages} pages", title_justify="left")
+    for heading in ("prompt", "tokens", "tokens/s", "accepted a round", "drafted a round"):
+        table.add_column(heading, justify="right")
+    for number in session.running[:SHOWN_REQUESTS]:
+        table.add_row(str(number + 1), *_live_cells([session.result(number)], seconds))
+    state = f"{len(session.running)} running" + (f", {waiting} waiting" if waiting else "")
+    table.add_row(state, *_live_cells([session.result(number) for number in range(session.total)], seconds))
+    return table
+
+
+def _live_cells(results: list[RequestResult], seconds: float) -> list[str]:
+    tokens = sum(len(result.tokens) for result in results)
+    rounds = max(1, sum(len(result.drafted) for result in results))
+    accepted = sum(sum(result.accepted) for result in results) / rounds
+    drafted = sum(sum(result.drafted) for result in results) / rounds
+    return [str(tokens), f"{tokens / seconds:.1f}" if seconds else "-", f"{accepted:.2f}", f"{drafted:.2f}"]
 
 
 def identical_line(difference: Difference | None, *, float32: bool) -> str:
