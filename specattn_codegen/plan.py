@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from specattn_codegen.errors import SpecError
 
-Backend = Literal["cpu", "triton"]
+Backend = Literal["cpu", "triton", "tilelang"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Setting = int | str
 

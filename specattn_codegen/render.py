@@ -14,14 +14,14 @@ from specattn_codegen.digest import digest
 from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec
 
-SUFFIX = {"cpu": ".cpp", "triton": ".py"}
+SUFFIX = {"cpu": ".cpp", "triton": ".py", "tilelang": ".py"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Rendered text of one kernel file.
 
-    target  what it was rendered for: an instruction set on the CPU, "triton" where the text serves every GPU
+    target  what it was rendered for: an instruction set on the CPU, the backend where the text serves every GPU
     """
 
     spec: KernelSpec

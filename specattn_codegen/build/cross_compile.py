@@ -17,9 +17,10 @@ from triton.runtime.jit import JITFunction
 from specattn_codegen import paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.disassemble import amdgcn_usage, cubin_usage
+from specattn_codegen.build.module import import_source
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.build.store import publish
-from specattn_codegen.build.triton import import_source, is_interpreted
+from specattn_codegen.build.triton import is_interpreted
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
 from specattn_codegen.render import Source

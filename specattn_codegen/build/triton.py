@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -16,8 +13,7 @@ import torch
 import triton
 from triton import knobs
 
-from specattn_codegen import paths
-from specattn_codegen.build.store import publish
+from specattn_codegen.build.module import import_source
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
@@ -36,25 +32,6 @@ def is_interpreted() -> bool:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def import_source(source: Source) -> ModuleType:
-    """The rendered file as a module. It must be a real file, as Triton reads its functions' text. Raises BuildError."""
-    name = f"specattn_triton_{source.digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    file_name = f"{source.spec.op}{source.suffix}"
-
-    def write(folder: Path) -> None:
-        (folder / file_name).write_text(source.text)
-
-    folder = publish(paths.cache_dir() / "kernels" / "triton" / source.digest, write)
-    import_spec = importlib.util.spec_from_file_location(name, folder / file_name)
-    if import_spec is None or import_spec.loader is None:
-        raise BuildError(f"cannot import {folder / file_name}")
-    module = importlib.util.module_from_spec(import_spec)
-    import_spec.loader.exec_module(module)
-    return sys.modules.setdefault(name, module)
 
 
 @functools.cache

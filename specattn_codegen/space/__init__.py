@@ -9,17 +9,20 @@ from types import ModuleType
 from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Backend, Plan
-from specattn_codegen.space import cpu, triton
+from specattn_codegen.space import cpu, tilelang, triton
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec
 
 __all__ = ["Axis", "axes", "backends_for", "batch_invariant", "default_plan", "feasible", "why_invalid"]
 
-_SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton}
+_SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton, "tilelang": tilelang}
 
 
 def backends_for(arch: Arch) -> tuple[Backend, ...]:
-    return ("triton",) if arch.is_gpu else ("cpu",)
+    """Backends that serve a processor, the one to use without being asked first."""
+    if not arch.is_gpu:
+        return ("cpu",)
+    return ("triton", "tilelang") if arch.vendor == "nvidia" else ("triton",)
 
 
 def _require_served(spec: KernelSpec, backend: Backend) -> None:

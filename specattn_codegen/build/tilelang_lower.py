@@ -1,0 +1,141 @@
+"""Lowers rendered TileLang to the text of a target's own language. Needs TileLang, and neither a GPU nor nvcc.
+
+TileLang's autotuner and caches are never called: what is worth keeping is kept by its content, here as elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import tilelang.cpu.language as cpu_language
+import tilelang.language as cuda_language
+from tilelang import tvm
+from tilelang.backend.module import create_backend_context
+from tilelang.engine.lower import lower_with_context
+from tilelang.tileop.base import GemmWarpPolicy
+
+from specattn_codegen.arch import Arch
+from specattn_codegen.build.module import import_source
+from specattn_codegen.errors import BuildError
+from specattn_codegen.render import Source
+
+# Templates bound every access themselves.
+OPTIONS = {"tl.disable_safe_memory_legalize": True}
+# The C target writes vectors in OpenCL's notation, which C++ has not.
+C_OPTIONS = {**OPTIONS, "tirx.disable_vectorize": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """One device function as text.
+
+    name        as in the template
+    symbol      as in the text
+    text        CUDA C++, or C
+    parameters  names in the order of the text, pointers among them
+    threads     per block; 0 in C
+    smem_bytes  of dynamic shared memory, asked for at launch
+    """
+
+    name: str
+    symbol: str
+    text: str
+    parameters: tuple[tuple[str, str], ...]
+    threads: int
+    smem_bytes: int
+
+
+def lower_for_cuda(source: Source, arch: Arch, vector: int) -> tuple[Lowered, ...]:
+    """CUDA C++ of every device function. Raises BuildError."""
+    target = {"kind": "cuda", "arch": arch.target}
+    return _lower(source, cuda_language, create_backend_context(target, None, "tvm_ffi"), OPTIONS, vector)
+
+
+def lower_for_c(source: Source) -> tuple[Lowered, ...]:
+    """C of every device function, one tile after the other, for checking results without a GPU. Raises BuildError."""
+    return _lower(source, _c_dialect(), create_backend_context("c", None, "cython"), C_OPTIONS, vector=1)
+
+
+def _c_dialect() -> SimpleNamespace:
+    """TileLang's CPU language under the names of its CUDA language: it has no threads, hence one kind of memory and
+    nothing to divide between warps."""
+    names = {name: getattr(cpu_language, name) for name in dir(cpu_language) if not name.startswith("_")}
+
+    def kernel(*blocks: Any, threads: int) -> Any:  # noqa: ARG001
+        return cpu_language.Kernel(*blocks)
+
+    def pipelined(steps: Any, num_stages: int) -> Any:  # noqa: ARG001
+        return cpu_language.serial(steps)
+
+    def gemm(a: Any, b: Any, c: Any, *, policy: GemmWarpPolicy, **options: Any) -> Any:  # noqa: ARG001
+        return cpu_language.gemm(a, b, c, **options)
+
+    memory = {"alloc_shared": cpu_language.alloc_local, "alloc_fragment": cpu_language.alloc_local}
+    loops = {"Kernel": kernel, "Pipelined": pipelined, "Parallel": names["grid"]}
+    return SimpleNamespace(**{**names, **memory, **loops, "gemm": gemm, "GemmWarpPolicy": GemmWarpPolicy})
+
+
+def _lower(source: Source, dialect: Any, context: Any, options: dict[str, Any], vector: int) -> tuple[Lowered, ...]:
+    functions = import_source(source).device_functions(dialect, vector)
+    return tuple(_lower_function(function, context, options) for function in functions)
+
+
+def _lower_function(function: Any, context: Any, options: dict[str, Any]) -> Lowered:
+    name = str(function.attrs["global_symbol"])
+    try:
+        with _complaints() as complaints, tvm.transform.PassContext(opt_level=3, config=options), context.target:
+            artifact = lower_with_context(function, context)
+    except (tvm.error.TVMError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BuildError(f"{name}: TileLang: {lines[0] if lines else error!r}") from error
+    race = next((line for line in complaints if "race" in line), None)
+    if race is not None:
+        raise BuildError(f"{name}: TileLang could not keep its threads apart: {race.strip()}")
+    (device,) = artifact.device_mod.functions.values()
+    symbol = str(device.attrs["global_symbol"])
+    text = artifact.kernel_source
+    return Lowered(
+        name=name,
+        symbol=symbol,
+        text=text,
+        parameters=_parameters(text, symbol),
+        threads=_threads(text, symbol),
+        smem_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
+    )
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Lines that TileLang writes to standard error, in whatever language; of a race it only warns."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile("w+") as caught:
+        standard_error = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+            caught.seek(0)
+            lines.extend(caught.read().splitlines())
+
+
+def _parameters(text: str, symbol: str) -> tuple[tuple[str, str], ...]:
+    """(type, name) of each parameter, as the text declares them."""
+    found = re.search(rf"{symbol}\(([^)]*)\)", text)
+    if found is None:
+        raise BuildError(f"TileLang's text declares no {symbol}")
+    declared = (part.replace("__restrict__", "").replace("const ", "").split() for part in found[1].split(","))
+    return tuple((" ".join(words[:-1]), words[-1]) for words in declared)
+
+
+def _threads(text: str, symbol: str) -> int:
+    found = re.search(rf"__launch_bounds__\((\d+)[^)]*\)\s+{symbol}\(", text)
+    return int(found[1]) if found else 0

@@ -1,0 +1,138 @@
+"""TileLang's search space: every axis and every constraint of its templates. Never imports TileLang."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from specattn_codegen.arch import Arch
+from specattn_codegen.errors import SpecError
+from specattn_codegen.plan import Plan
+from specattn_codegen.space.axis import Axis
+from specattn_codegen.spec import KernelSpec, ScoreSpec
+
+SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
+BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
+EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
+USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
+WARP_ROWS = 16  # of the smallest product of tensor cores
+WARP_KEYS = 8
+
+
+def axes(spec: KernelSpec) -> tuple[Axis, ...]:
+    """Tiles, warps and buffers, and where a request's keys are split: the same words as Triton's.
+
+    num_stages    1 reads a tile of keys when it is needed; 2 refills each buffer as soon as it has been used
+    score_method  dump: attend_splits keeps its weights for score_keys; fused: it averages over its rows at once, which
+                  needs no log-sum-exp of its own rows
+    """
+    attention = (
+        Axis("block_m", (16, 32, 64)),
+        Axis("block_n", (32, 64, 128)),
+        Axis("num_warps", (4, 8)),
+        Axis("num_stages", (1, 2)),
+        Axis("ctas_per_sm", (1, 2, 4, 8)),
+        Axis("split_keys", (0, *SPLIT_KEYS)),
+    )
+    if spec.score is None:
+        return attention
+    return (*attention, Axis("score_method", (score_method(spec.score),)), Axis("score_block_n", (128, 256)))
+
+
+def score_method(score: ScoreSpec) -> str:
+    """Logits, and weights with a given reference, are known at once; other weights once a row has seen every key."""
+    return "fused" if score.value == "logit" or score.normaliser == "reference" else "dump"
+
+
+def why_unserved(spec: KernelSpec) -> str | None:
+    """What these templates do not serve, with the nearest thing that is."""
+    if spec.op != "verify_attention":
+        return f"{spec.op}: TileLang serves verify_attention so far; use backend triton"
+    if spec.dtype == "float32":
+        return "dtype=float32: TileLang's products of float32 round to TF32; use float16 or bfloat16, or backend triton"
+    if spec.is_float8:
+        return f"kv_dtype={spec.kv_dtype}: TileLang reads caches of the queries' type; use backend triton"
+    if spec.heads.head_dim % WARP_ROWS or spec.heads.v_head_dim % WARP_ROWS:
+        return (
+            f"head_dim={spec.heads.head_dim}, v_head_dim={spec.heads.v_head_dim}: TileLang's products need multiples "
+            f"of {WARP_ROWS}; use backend triton"
+        )
+    if spec.score is not None and (spec.score.histogram or spec.score.by_page):
+        return f"score {spec.score.name}: TileLang emits scores of tokens without histogram; use backend triton"
+    return None
+
+
+def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
+    """Of a short list from fast to frugal, the first plan of which several blocks fit one SM, or else the last."""
+    reason = why_unserved(spec)
+    if reason is not None:
+        raise SpecError(reason)
+    plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
+    if not plans:
+        raise SpecError(f"head_dim={spec.heads.head_dim}: no TileLang tile of it fits {arch.name}; use at most 256")
+    roomy = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec) <= arch.smem_per_sm)
+    return next(roomy, plans[-1])
+
+
+def batch_invariant(plan: Plan) -> Plan:
+    """The plan with splits of a fixed length: a row's attention then depends on its own keys alone."""
+    return plan.replace(split_keys=SPLIT_KEYS[-1], ctas_per_sm=1)
+
+
+def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
+    packed = EXPECTED_ROWS * spec.heads.group
+    block_ms = [block_m for block_m in (64, 32, 16) if block_m == WARP_ROWS or block_m // 2 < packed]
+    for block_m, block_n, num_stages in itertools.product(block_ms, (64, 32), (2, 1)):
+        plan = Plan.of(
+            "tilelang",
+            block_m=block_m,
+            block_n=block_n,
+            num_warps=4,
+            num_stages=num_stages,
+            ctas_per_sm=BLOCKS_PER_SM,
+            split_keys=0,
+        )
+        if spec.score is not None:
+            plan = plan.replace(score_method=score_method(spec.score), score_block_n=128)
+        yield plan
+
+
+def smem_bytes(plan: Plan, spec: KernelSpec) -> int:
+    """Shared memory of the main loop: tiles of keys and values, the queries, and weights that warps share."""
+    block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
+    dims = spec.heads.head_dim + spec.heads.v_head_dim
+    weights = 0 if block_m >= WARP_ROWS * plan.integer("num_warps") else block_m * block_n
+    elements = block_n * dims + block_m * spec.heads.head_dim + weights
+    return spec.dtype_bytes * elements
+
+
+def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
+    """32-bit registers a thread needs for the output tile, the logits and the weights."""
+    elements = plan.integer("block_m") * (spec.heads.v_head_dim + 2 * plan.integer("block_n"))
+    return elements // (plan.integer("num_warps") * arch.warp_size)
+
+
+def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
+    """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
+    if arch.vendor != "nvidia":
+        return f"backend tilelang: its templates are made for NVIDIA, not {arch.name}; use backend triton"
+    reason = why_unserved(spec)
+    if reason is not None:
+        return reason
+    if spec.page_size < 1:
+        return "page_size=0: a TileLang kernel is specialised to its page size; give at least 1 key"
+    if plan.integer("split_keys") and plan.integer("ctas_per_sm") != 1:
+        return f"ctas_per_sm={plan['ctas_per_sm']} has no say where split_keys={plan['split_keys']} is fixed; use 1"
+    block_m, block_n, num_warps = (plan.integer(name) for name in ("block_m", "block_n", "num_warps"))
+    by_rows = block_m >= WARP_ROWS * num_warps
+    if not by_rows and (block_n % (WARP_KEYS * num_warps) or spec.heads.v_head_dim % (WARP_KEYS * num_warps)):
+        return f"num_warps={num_warps} cannot share {block_n} keys and v_head_dim={spec.heads.v_head_dim}; use fewer"
+    if block_m > WARP_ROWS * num_warps:
+        return f"num_warps={num_warps} have more than one block of {WARP_ROWS} rows each; use more"
+    needed = smem_bytes(plan, spec)
+    if needed > arch.smem_per_block:
+        return f"tiles need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
+    registers = accumulator_registers(plan, spec, arch)
+    if registers > USABLE_REGISTERS:
+        return f"tiles need about {registers} registers a thread for accumulators alone; more warps or smaller tiles"
+    return None

@@ -1,0 +1,437 @@
+"""verify_attention: the rows of every request over its whole paged KV cache, with the scores of its prefix keys.
+
+heads  32 query heads on 8 KV heads (4 to a group), head_dim 128, softcap 50.0, window 4096, sinks
+cache  bfloat16, pages of 16 keys, any strides but a unit last one
+scores mean attention weight over every row and the heads of a group
+       weights are relative to a log-sum-exp that the caller gives instead of the rows' own
+
+Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
+between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
+
+attend_splits also averages the weights of its rows, and score_keys adds up the shares of the tiles.
+
+Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+DTYPE = "bfloat16"
+NUM_Q_HEADS = 32
+NUM_KV_HEADS = 8
+GROUP = 4  # query heads that share a KV head
+HEAD_DIM = 128
+V_HEAD_DIM = 128
+PAGE_SIZE = 16  # keys
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+NEG_INF = float("-inf")
+SOFTCAP = 50.0
+LOGIT_SCALE = 0.08838834764831843 / SOFTCAP
+WINDOW = 4096  # keys a row sees, its own included
+
+BLOCK_M = 32  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
+BLOCK_N = 64  # keys of an iteration
+THREADS = 128
+MERGE_THREADS = 128
+VECTOR = 8  # elements read at once where every stride and address is a multiple of them
+CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
+ALIGNMENT = 256  # bytes; of every scratch array
+SCORE_HEADS = 4  # query heads averaged into one score
+SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_THREADS = 128
+# How scalars are declared: TileLang would write an expression out at every use of a plain name.
+INT = "int32"
+
+
+def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
+    """The functions of the device in TileLang's dialect T, in the order in which they are launched.
+
+    vector  elements that every stride and address of queries and caches is a multiple of
+    """
+    elements = T.dynamic("elements")  # arrays are addressed from their first element, in 64 bits
+    # Warps divide the columns of a tile, as they are more than its blocks of 16 rows.
+    policy = T.GemmWarpPolicy.FullCol
+
+    @T.macro
+    def fold_tile(acc, row_max, row_sum, logits, weights, v, shift, rescale):
+        """One step of the online softmax: logits [M, N] and v [N, Dv] go into acc [M, Dv], row_max and row_sum [M].
+
+        Leaves the weights, relative to `shift`, in logits.
+        """
+        for m in T.Parallel(BLOCK_M):
+            rescale[m] = row_max[m]
+        T.reduce_max(logits, row_max, dim=1, clear=False)
+        for m in T.Parallel(BLOCK_M):
+            # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+            shift[m] = T.if_then_else(row_max[m] == -T.infinity("float32"), 0.0, row_max[m])
+            rescale[m] = T.exp2(rescale[m] - shift[m])
+        for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+            logits[m, n] = T.exp2(logits[m, n] - shift[m])
+        for m in T.Parallel(BLOCK_M):
+            row_sum[m] *= rescale[m]
+        T.reduce_sum(logits, row_sum, dim=1, clear=False)
+        for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+            weights[m, n] = T.cast(logits[m, n], DTYPE)
+        for m, d in T.Parallel(BLOCK_M, V_HEAD_DIM):
+            acc[m, d] *= rescale[m]
+        T.gemm(weights, v, acc, policy=policy)
+
+    @T.prim_func
+    def attend_splits(
+        q: T.Tensor((elements,), DTYPE),  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+        k_cache: T.Tensor((elements,), DTYPE),  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+        v_cache: T.Tensor((elements,), DTYPE),  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, V_HEAD_DIM]
+        page_table: T.Tensor((elements,), "int32"),  # [batch, max_pages]
+        kv_lens: T.Tensor((elements,), "int32"),  # [batch]
+        cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
+        partial_out: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+        partial_lse: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS], base 2
+        shares: T.Tensor((elements,), "float32"),  # [row_tiles, batch, NUM_KV_HEADS, max_kv], shares of means
+        lse_ref: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS], natural logarithm
+        stride_q_row: T.int64,
+        stride_q_head: T.int64,
+        stride_k_page: T.int64,
+        stride_k_slot: T.int64,
+        stride_k_head: T.int64,
+        stride_v_page: T.int64,
+        stride_v_slot: T.int64,
+        stride_v_head: T.int64,
+        stride_table: T.int64,
+        batch: T.int64,
+        max_kv: T.int64,
+        total_q: T.int64,
+        row_tiles: T.int32,
+        blocks: T.int32,
+        num_splits: T.int32,
+    ):
+        """One tile of packed rows over one split of the keys; blocks are (KV head x tile x request, split)."""
+        with T.Kernel(blocks, num_splits, threads=THREADS) as (block, split):
+            T.assume(stride_q_row % vector == 0)
+            T.assume(stride_q_head % vector == 0)
+            T.assume(stride_k_page % vector == 0)
+            T.assume(stride_k_slot % vector == 0)
+            T.assume(stride_k_head % vector == 0)
+            T.assume(stride_v_page % vector == 0)
+            T.assume(stride_v_slot % vector == 0)
+            T.assume(stride_v_head % vector == 0)
+            q_tile = T.alloc_shared([BLOCK_M, HEAD_DIM], DTYPE)
+            k_tile = T.alloc_shared([BLOCK_N, HEAD_DIM], DTYPE)
+            v_tile = T.alloc_shared([BLOCK_N, V_HEAD_DIM], DTYPE)
+            logits = T.alloc_fragment([BLOCK_M, BLOCK_N], "float32")
+            weights = T.alloc_shared([BLOCK_M, BLOCK_N], DTYPE)
+            acc = T.alloc_fragment([BLOCK_M, V_HEAD_DIM], "float32")
+            row_max = T.alloc_fragment([BLOCK_M], "float32")
+            row_sum = T.alloc_fragment([BLOCK_M], "float32")
+            shift = T.alloc_fragment([BLOCK_M], "float32")
+            rescale = T.alloc_fragment([BLOCK_M], "float32")
+            kv_head = T.alloc_var(INT, init=block % NUM_KV_HEADS)
+            tile = T.alloc_var(INT, init=T.truncmod(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
+            request = T.alloc_var(INT, init=T.truncdiv(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
+            first_row = T.alloc_var(INT, init=cu_q[request])
+            q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
+            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            prefix = T.alloc_var(INT, init=kv_len - q_len)  # position of the first row
+            # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
+            oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
+            # Whole tiles and at least one, so that splits past a request's keys are empty.
+            tiles = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - oldest, 1) + BLOCK_N - 1, BLOCK_N))
+            chunk = T.alloc_var(INT, init=T.truncdiv(tiles + num_splits - 1, num_splits) * BLOCK_N)
+            begin = T.alloc_var(INT, init=oldest + split * chunk)
+            end = T.alloc_var(INT, init=T.min(begin + chunk, kv_len))
+            first = T.alloc_var(INT, init=tile * BLOCK_M)
+            # A block without rows or keys does nothing: no step of its loop, and no row to write.
+            rows = T.alloc_var(INT, init=T.if_then_else(begin < end, q_len, 0))
+            keys = T.alloc_var(INT, init=T.if_then_else(first < rows * GROUP, end - begin, 0))
+            kept = T.alloc_fragment([BLOCK_M, BLOCK_N], "float32")
+            total = T.alloc_fragment([BLOCK_N], "float32")
+            reference = T.alloc_fragment([BLOCK_M], "float32")
+            # A row that is not scored, or whose reference is not finite, weighs nothing.
+            for m in T.Parallel(BLOCK_M):
+                row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
+                reference[m] = T.if_then_else(
+                    row < rows, lse_ref[T.cast(first_row + row, "int64") * NUM_Q_HEADS + head] * LOG2E, float("inf")
+                )
+            for m in T.Parallel(BLOCK_M):
+                finite = T.And(reference[m] > -T.infinity("float32"), reference[m] < T.infinity("float32"))
+                reference[m] = T.if_then_else(finite, reference[m], float("inf"))
+            for m, d in T.Parallel(BLOCK_M, HEAD_DIM):
+                row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
+                q_tile[m, d] = T.if_then_else(
+                    row < rows, q[(first_row + row) * stride_q_row + head * stride_q_head + d], T.cast(0, DTYPE)
+                )
+            T.clear(acc)
+            T.fill(row_max, -T.infinity("float32"))
+            T.clear(row_sum)
+            for step in T.Pipelined(T.truncdiv(keys + BLOCK_N - 1, BLOCK_N), num_stages=1):
+                # Past the end the last key is read again: slots nobody wrote may hold NaN, and 0 * NaN is NaN.
+                for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
+                    key = T.min(begin + step * BLOCK_N + n, end - 1)
+                    page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                    slot = T.truncmod(key, PAGE_SIZE)
+                    k_tile[n, d] = k_cache[page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head + d]
+                for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
+                    key = T.min(begin + step * BLOCK_N + n, end - 1)
+                    page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                    slot = T.truncmod(key, PAGE_SIZE)
+                    v_tile[n, d] = v_cache[page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head + d]
+                T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
+                for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+                    # tanh as 1 - 2 / (exp(2x) + 1), which saturates where exp overflows.
+                    logits[m, n] = T.exp2(logits[m, n] * (LOGIT_SCALE * 2.0 * LOG2E))
+                for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+                    logits[m, n] = (1.0 - 2.0 / (logits[m, n] + 1.0)) * (SOFTCAP * LOG2E)
+                for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+                    key, position = begin + step * BLOCK_N + n, prefix + (first + m) // GROUP
+                    visible = T.And(key <= position, key > position - WINDOW)
+                    logits[m, n] = T.if_then_else(visible, logits[m, n], NEG_INF)
+                fold_tile(acc, row_max, row_sum, logits, weights, v_tile, shift, rescale)
+                for m in T.Parallel(BLOCK_M):
+                    # From the running maximum to the reference. Far above its reference a weight saturates.
+                    rescale[m] = T.exp2(T.min(shift[m] - reference[m], 64.0))
+                for m, n in T.Parallel(BLOCK_M, BLOCK_N):
+                    kept[m, n] = logits[m, n] * rescale[m]
+                T.reduce_sum(kept, total, dim=0, clear=True)
+                for n in T.Parallel(BLOCK_N):
+                    key = begin + step * BLOCK_N + n
+                    # A fixed denominator: a key outside a row's window counts as weight 0.
+                    mean = total[n] / T.cast(q_len * SCORE_HEADS, "float32")
+                    if key < prefix:
+                        shares[((tile * batch + request) * NUM_KV_HEADS + kv_head) * max_kv + key] = mean
+            for m in T.Parallel(BLOCK_M):
+                # A row that saw nothing: acc 0, maximum -inf.
+                row_sum[m] = T.if_then_else(row_sum[m] > 0, row_sum[m], 1.0)
+            for m, d in T.Parallel(BLOCK_M, V_HEAD_DIM):
+                row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
+                if row < rows:
+                    partial = (split * total_q + first_row + row) * NUM_Q_HEADS + head
+                    partial_out[partial * V_HEAD_DIM + d] = acc[m, d] / row_sum[m]
+            for m in T.Parallel(BLOCK_M):
+                row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
+                if row < rows:
+                    partial = (split * total_q + first_row + row) * NUM_Q_HEADS + head
+                    partial_lse[partial] = row_max[m] + T.log2(row_sum[m])
+
+    @T.prim_func
+    def merge_splits(
+        partial_out: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
+        partial_lse: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS], base 2
+        kv_lens: T.Tensor((elements,), "int32"),  # [batch]
+        cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
+        sinks: T.Tensor((elements,), "float32"),  # [NUM_Q_HEADS], natural units
+        out: T.Tensor((elements,), DTYPE),  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+        lse: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS], natural logarithm
+        stride_out_row: T.int64,
+        stride_out_head: T.int64,
+        total_q: T.int64,
+        max_q: T.int32,
+        rows: T.int32,
+        num_splits: T.int32,
+    ):
+        """One row of one head out of its partial results; blocks are (row x request, head)."""
+        with T.Kernel(rows, NUM_Q_HEADS, threads=MERGE_THREADS) as (block, head):
+            row = T.alloc_var(INT, init=T.truncmod(block, max_q))
+            request = T.alloc_var(INT, init=T.truncdiv(block, max_q))
+            first_row = T.alloc_var(INT, init=cu_q[request])
+            q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
+            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
+            oldest = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - q_len - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
+            tiles = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - oldest, 1) + BLOCK_N - 1, BLOCK_N))
+            chunk = T.alloc_var(INT, init=T.truncdiv(tiles + num_splits - 1, num_splits) * BLOCK_N)
+            first_used = T.alloc_var(INT, init=0)
+            last_used = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - oldest, 0) + chunk - 1, chunk))
+            used_splits = T.alloc_var(INT, init=T.if_then_else(row < q_len, last_used, 0))
+            acc = T.alloc_fragment([V_HEAD_DIM], "float32")
+            total_max = T.alloc_var("float32", init=NEG_INF)
+            total_sum = T.alloc_var("float32", init=0.0)
+            split_lse = T.alloc_var("float32", init=0.0)
+            new_max = T.alloc_var("float32", init=0.0)
+            weight = T.alloc_var("float32", init=0.0)
+            rescale = T.alloc_var("float32", init=0.0)
+            T.clear(acc)
+            for split in T.serial(first_used, used_splits):
+                split_lse = partial_lse[(split * total_q + first_row + row) * NUM_Q_HEADS + head]
+                new_max = T.max(total_max, split_lse)
+                shift = T.if_then_else(new_max == -T.infinity("float32"), 0.0, new_max)
+                weight = T.exp2(split_lse - shift)
+                rescale = T.exp2(total_max - shift)
+                for d in T.Parallel(V_HEAD_DIM):
+                    partial = (split * total_q + first_row + row) * NUM_Q_HEADS + head
+                    acc[d] = acc[d] * rescale + partial_out[partial * V_HEAD_DIM + d] * weight
+                total_sum = total_sum * rescale + weight
+                total_max = new_max
+            # The sink is one more logit, without a value; alone it does not make a row see anything.
+            sink = T.alloc_var("float32", init=sinks[head] * LOG2E)
+            new_max = T.if_then_else(total_max > -T.infinity("float32"), T.max(total_max, sink), 0.0)
+            rescale = T.exp2(total_max - new_max)
+            weight = T.if_then_else(total_max > -T.infinity("float32"), T.exp2(sink - new_max), 0.0)
+            total_sum = total_sum * rescale + weight
+            total_max = T.if_then_else(total_max > -T.infinity("float32"), new_max, NEG_INF)
+            for d in T.Parallel(V_HEAD_DIM):
+                acc[d] *= rescale
+            # A row that saw nothing: acc 0, maximum -inf.
+            total_sum = T.if_then_else(total_sum > 0, total_sum, 1.0)
+            if row < q_len:
+                for d in T.Parallel(V_HEAD_DIM):
+                    place = (first_row + row) * stride_out_row + head * stride_out_head + d
+                    out[place] = T.cast(acc[d] / total_sum, DTYPE)
+                lse[(first_row + row) * NUM_Q_HEADS + head] = (total_max + T.log2(total_sum)) * LN2
+
+    @T.prim_func
+    def score_keys(
+        shares: T.Tensor((elements,), "float32"),  # [row_tiles, batch, NUM_KV_HEADS, max_kv], shares of means
+        kv_lens: T.Tensor((elements,), "int32"),  # [batch]
+        cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
+        scores: T.Tensor((elements,), "float32"),  # [batch, NUM_KV_HEADS, max_kv]
+        stride_scores_request: T.int64,
+        stride_scores_row: T.int64,
+        batch: T.int64,
+        max_kv: T.int64,
+        score_tiles: T.int32,
+        blocks: T.int32,
+    ):
+        """Scores of a tile of prefix keys, from shares of row tiles.
+
+        Blocks are (tile x request, score row).
+        """
+        with T.Kernel(blocks, NUM_KV_HEADS, threads=SCORE_THREADS) as (block, score_row):
+            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
+            request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
+            first_row = T.alloc_var(INT, init=cu_q[request])
+            q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
+            prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
+            # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
+            oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
+            first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            # A block without keys does nothing: no step of its loops, and no score to write.
+            live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
+            T.clear(mean)
+            # Added up in this order, so that every run gives the same.
+            for row_tile in T.serial(T.truncdiv(live * GROUP + BLOCK_M - 1, BLOCK_M)):
+                for n in T.Parallel(SCORE_BLOCK_N):
+                    share = ((row_tile * batch + request) * NUM_KV_HEADS + score_row) * max_kv + first + n
+                    mean[n] += T.if_then_else(T.And(first + n >= oldest, first + n < prefix), shares[share], 0.0)
+            for n in T.Parallel(SCORE_BLOCK_N):
+                if first + n < prefix:
+                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+
+    return attend_splits, merge_splits, score_keys
+
+
+def row_tiles_of(max_q: int) -> int:
+    """Tiles of packed rows of a request of so many rows."""
+    return -(-max_q * GROUP // BLOCK_M)
+
+
+def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
+    blocks = row_tiles_of(max_q) * NUM_KV_HEADS * batch
+    return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), -(-max_kv // BLOCK_N)))
+
+
+def scratch_bytes(total_q: int, batch: int, row_tiles: int, max_kv: int, splits: int) -> list[int]:
+    """Bytes of each scratch array, in the order in which they lie in the workspace."""
+    partials = splits * total_q * NUM_Q_HEADS
+    arrays = [partials * V_HEAD_DIM * 4, partials * 4, row_tiles * batch * NUM_KV_HEADS * max_kv * 4]
+    return [-(-size // ALIGNMENT) * ALIGNMENT for size in arrays]
+
+
+def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
+    """Bytes of scratch that a launch of these sizes needs."""
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    return sum(scratch_bytes(total_q, batch, row_tiles_of(max_q), max_kv, splits))
+
+
+def launch(
+    *,
+    functions: Callable[[int], Mapping[str, Callable[..., None]]],
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    sinks: torch.Tensor,
+    lse_ref: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    workspace: torch.Tensor,
+    max_q: int,
+    max_kv: int,
+    num_sms: int,
+) -> None:
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device.
+
+    functions  what device_functions compiled to, by name, for a vector width: called with a grid and the arguments
+    """
+    total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
+    splits = num_splits(batch, max_q, max_kv, num_sms)
+    sizes = scratch_bytes(total_q, batch, row_tiles, max_kv, splits)
+    partial_out, partial_lse, shares = workspace[: sum(sizes)].split(sizes)
+    places = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
+    aligned = all(array.data_ptr() % (VECTOR * array.element_size()) == 0 for array in (q, k_cache, v_cache))
+    run = functions(VECTOR if aligned and all(place % VECTOR == 0 for place in places) else 1)
+    blocks = NUM_KV_HEADS * row_tiles * batch
+    run["attend_splits"](
+        (blocks, splits),
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        page_table=page_table,
+        kv_lens=kv_lens,
+        cu_q=cu_q,
+        partial_out=partial_out,
+        partial_lse=partial_lse,
+        shares=shares,
+        lse_ref=lse_ref,
+        max_kv=max_kv,
+        batch=batch,
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_page=k_cache.stride(0),
+        stride_k_slot=k_cache.stride(1),
+        stride_k_head=k_cache.stride(2),
+        stride_v_page=v_cache.stride(0),
+        stride_v_slot=v_cache.stride(1),
+        stride_v_head=v_cache.stride(2),
+        stride_table=page_table.stride(0),
+        total_q=total_q,
+        row_tiles=row_tiles,
+        blocks=blocks,
+        num_splits=splits,
+    )
+    run["merge_splits"](
+        (max_q * batch, NUM_Q_HEADS),
+        partial_out=partial_out,
+        partial_lse=partial_lse,
+        kv_lens=kv_lens,
+        cu_q=cu_q,
+        sinks=sinks,
+        out=out,
+        lse=lse,
+        stride_out_row=out.stride(0),
+        stride_out_head=out.stride(1),
+        total_q=total_q,
+        max_q=max_q,
+        rows=max_q * batch,
+        num_splits=splits,
+    )
+    score_tiles = -(-scores.shape[2] // SCORE_BLOCK_N)
+    run["score_keys"](
+        (score_tiles * batch, NUM_KV_HEADS),
+        shares=shares,
+        kv_lens=kv_lens,
+        cu_q=cu_q,
+        scores=scores,
+        stride_scores_request=scores.stride(0),
+        stride_scores_row=scores.stride(1),
+        batch=batch,
+        max_kv=max_kv,
+        score_tiles=score_tiles,
+        blocks=score_tiles * batch,
+    )

@@ -1,0 +1,101 @@
+"""Compiling TileLang for GPUs that are absent: through nvcc, resources from the binaries."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from specattn_codegen import gpus, space
+from specattn_codegen.errors import BuildError, SpecError
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.render import render
+from specattn_codegen.spec import KernelSpec, ScoreSpec
+
+pytest.importorskip("tilelang", reason="TileLang is not installed")
+
+from tilelang import env
+
+from specattn_codegen.build import tilelang_compile, tilelang_lower
+
+needs_nvcc = pytest.mark.skipif(not env.CUDA_HOME, reason="nvcc is not installed, and TileLang compiles with it")
+
+LLAMA = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)
+
+
+def verify(score: ScoreSpec | None, heads: HeadConfig = LLAMA) -> KernelSpec:
+    return KernelSpec(op="verify_attention", heads=heads, dtype="bfloat16", page_size=16, score=score)
+
+
+# sm_80 and sm_90a with what differs most between them; benchmarks/results holds every target.
+SAMPLE = {"a100": verify(None), "h100": verify(ScoreSpec())}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", SAMPLE)
+def test_default_plans_compile_and_fit(name: str) -> None:
+    arch, spec = gpus.find(name), SAMPLE[name]
+    plan = space.default_plan(spec, arch, "tilelang")
+    source = render(spec, plan, "tilelang")
+    resources = tilelang_compile.cross_compile(source, arch)
+    expected = ["attend_splits", "merge_splits"] + (["score_keys"] if spec.score else [])
+    assert [taken.kernel for taken in resources] == expected
+    for taken in resources:
+        assert taken.spill_bytes == 0, taken
+        assert 4 <= taken.registers <= 255, taken
+        assert taken.smem_bytes <= arch.smem_per_block, taken
+        assert taken.binary_bytes > 1000, taken
+        assert taken.num_warps == 4, taken
+    estimate = space.tilelang.smem_bytes(plan, spec)
+    assert 0.9 * resources[0].smem_bytes <= estimate <= 1.1 * resources[0].smem_bytes
+    folder = tilelang_compile.compiled_folder(source, arch)
+    assert {file.name for file in folder.iterdir()} == {
+        "kernels.json",
+        *(f"{kernel}.{kind}" for kernel in expected for kind in ("cu", "cubin")),
+    }
+    for binary in tilelang_compile.read_manifest(folder):
+        assert {name for _, name in binary.parameters} >= {"cu_q", "kv_lens"}
+        assert (folder / f"{binary.name}.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
+def test_queries_and_caches_are_read_sixteen_bytes_at_a_time() -> None:
+    """Which a stride that is no multiple of eight elements forbids."""
+    arch, spec = gpus.find("h100"), verify(None)
+    source = render(spec, space.default_plan(spec, arch, "tilelang"), "tilelang")
+    wide, narrow = (tilelang_lower.lower_for_cuda(source, arch, vector)[0] for vector in (8, 1))
+    assert "cp_async_gs<16>" in wide.text
+    assert "cp_async_gs<16>" not in narrow.text
+    assert wide.parameters == narrow.parameters
+    assert wide.threads == 128
+    assert ("int64_t", "stride_k_page") in wide.parameters
+
+
+def test_a_missing_compiler_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(env, "CUDA_HOME", str(tmp_path))
+    tilelang_compile.nvcc.cache_clear()
+    with pytest.raises(BuildError, match="nvidia-cuda-nvcc"):
+        tilelang_compile.nvcc()
+    tilelang_compile.nvcc.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (dataclasses.replace(verify(None), dtype="float32"), "TF32"),
+        (dataclasses.replace(verify(None), kv_dtype="float8_e4m3"), "reads caches of the queries' type"),
+        (verify(ScoreSpec(histogram=True)), "scores of tokens without histogram"),
+        (verify(None, HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=40)), "multiples of 16"),
+        (KernelSpec(op="select_kv", heads=LLAMA, selection="kv_head"), "serves verify_attention"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_served_is_refused_with_what_is(spec: KernelSpec, reason: str) -> None:
+    with pytest.raises(SpecError, match=reason) as refusal:
+        space.default_plan(spec, gpus.find("h100"), "tilelang")
+    assert "triton" in str(refusal.value)
+
+
+def test_amd_is_refused() -> None:
+    plan = space.default_plan(verify(None), gpus.find("h100"), "tilelang")
+    assert "does not run on mi300x" in str(space.why_invalid(plan, verify(None), gpus.find("mi300x")))

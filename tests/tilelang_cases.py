@@ -1,0 +1,55 @@
+"""How the TileLang tests build the C twin of a kernel and run it."""
+
+from __future__ import annotations
+
+import torch
+
+from specattn_codegen.build import tilelang_twin
+from specattn_codegen.build.tilelang import AttentionKernel
+from specattn_codegen.calls import problem_call
+from specattn_codegen.check import Verdict, check_attention
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.kernel import AttentionCall
+from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.render import render
+from specattn_codegen.space.tilelang import score_method
+from specattn_codegen.spec import KernelSpec, ScoreSpec
+
+SMALL = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
+SMS = 4  # multiprocessors the twin stands for: enough that small problems are split
+
+
+def verify_spec(heads: HeadConfig, score: ScoreSpec | None = None, page_size: int = 16) -> KernelSpec:
+    return KernelSpec(op="verify_attention", heads=heads, dtype="float16", page_size=page_size, score=score)
+
+
+def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
+    """Small tiles, so that small problems have several."""
+    settings: dict[str, Setting] = {
+        "block_m": 16,
+        "block_n": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+        "ctas_per_sm": 8,
+        "split_keys": 0,
+    }
+    if spec.score is not None:
+        settings |= {"score_method": score_method(spec.score), "score_block_n": 128}
+    return Plan.of("tilelang", **{**settings, **changes})
+
+
+def twin(spec: KernelSpec, **changes: Setting) -> AttentionKernel:
+    return tilelang_twin.load(render(spec, plan_for(spec, **changes), "tilelang"), num_sms=SMS)
+
+
+def run(kernel: AttentionKernel, problem: AttentionProblem) -> AttentionCall:
+    """Launches on a workspace of NaN bit patterns."""
+    call = problem_call(kernel.spec, problem)
+    kernel.launch(call, torch.full((kernel.workspace_bytes(call),), 0xFF, dtype=torch.uint8))
+    return call
+
+
+def verdict(kernel: AttentionKernel, problem: AttentionProblem) -> Verdict:
+    call = run(kernel, problem)
+    return check_attention(kernel.spec, problem, call.out, call.lse, call.scores, histogram=call.histogram)
