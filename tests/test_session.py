@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specattn_codegen import SpecError
+from specattn_runtime import load_kernels
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.engine import generate
 from specattn_runtime.generation import RequestResult
@@ -225,3 +226,17 @@ def test_sets_of_kernels_are_one_or_one_a_layer(wavy: Llama) -> None:
         open_session(wavy, [kernels] * 3, decode_spec(), max_requests=1, num_pages=9)
     with pytest.raises(SpecError, match="max_requests=0"):
         open_session(wavy, kernels, decode_spec(), max_requests=0, num_pages=9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "dtype=float32: the kernels were loaded for dtype=bfloat16"),
+        ({"page_size": 16}, "page_size=4: the kernels were loaded for page_size=16"),
+    ],
+)
+def test_kernels_must_be_those_of_the_model_and_its_cache(changes: dict[str, object], message: str) -> None:
+    model = wavy_llama(dtype=torch.float32)
+    loaded = load_kernels(model.heads, **{"dtype": torch.float32, "page_size": 4, **changes})
+    with pytest.raises(SpecError, match=message):
+        open_session(model, loaded, decode_spec(), max_requests=1, num_pages=9)

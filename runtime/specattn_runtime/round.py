@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import TopK
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import ScoreSpec
@@ -270,7 +271,11 @@ class Decoder:
         if not self.preset.uses_page_bounds:
             return lambda layer, _: view.selections[layer]
         bounds, size = self.cache.bounds, self.cache.page_size
-        assert bounds is not None, "the preset ranks pages by bounds, which this cache does not keep"
+        if bounds is None:
+            raise SpecError(
+                f"preset={self.preset.name}: ranks pages by bounds that this cache does not keep; give it "
+                "page_bounds=True, or a foreign cache PageBounds of its own"
+            )
         pages = rows.page_table[:, : -(-rows.max_kv // size)]
         policies = [turn.policy if turn else None for turn in turns]
 

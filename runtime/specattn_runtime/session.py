@@ -12,6 +12,7 @@ import torch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.dispatch import DTYPE_NAMES, Kernels
 from specattn_runtime.draft_length import RoundTiming, best_draft_lens, fit_costs
 from specattn_runtime.draft_view import DraftView
 from specattn_runtime.generation import RequestResult
@@ -268,6 +269,9 @@ def open_session(
     per_layer = tuple(kernels) if isinstance(kernels, Sequence) else (kernels,) * model.num_layers
     if len(per_layer) != model.num_layers:
         raise SpecError(f"kernels: {len(per_layer)} sets for {model.num_layers} layers; give one, or one a layer")
+    for each in per_layer:
+        if isinstance(each, Kernels):
+            _require_loaded_for(each, model, spec)
     cache = PagedCache(
         model.heads,
         layers=model.num_layers,
@@ -287,6 +291,22 @@ def open_session(
     )
     places: list[int | None] = [None] * max_requests
     return Session(model=model, decoder=decoder, cache=cache, spec=spec, places=places, share_prefixes=share_prefixes)
+
+
+def _require_loaded_for(kernels: Kernels, model: LanguageModel, spec: DecodeSpec) -> None:
+    """Raises SpecError where kernels were loaded for something else than they are to serve."""
+    loaded = {"dtype": kernels.dtype, "device": kernels.device.type, "page_size": kernels.page_size}
+    wanted = {
+        "dtype": DTYPE_NAMES.get(model.dtype, str(model.dtype)),
+        "device": model.device.type,
+        "page_size": spec.page_size,
+    }
+    for name, value in wanted.items():
+        if loaded[name] != value:
+            raise SpecError(
+                f"{name}={value}: the kernels were loaded for {name}={loaded[name]}; load_kernels(..., {name}=...) for "
+                "what the model and the DecodeSpec have"
+            )
 
 
 def require_servable(model: LanguageModel, prompt: Sequence[int], spec: DecodeSpec, name: str) -> None:

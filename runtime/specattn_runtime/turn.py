@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import TopK
 from specattn_runtime.sampling import GREEDY, Sampling
 
@@ -29,10 +30,15 @@ class Turn:
     uniforms: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.tokens
-        assert self.joins or len(self.tokens) == 1
-        assert not (self.joins and self.draft_len), "drafts follow an emitted token"
-        assert self.sampling.greedy or len(self.uniforms) == 2 * self.draft_len + 1
+        if not self.tokens or (len(self.tokens) > 1 and not self.joins):
+            raise SpecError(
+                f"{len(self.tokens)} tokens: a turn has its newest one, or with joins=True the end of a prompt"
+            )
+        if self.draft_len < 0 or (self.joins and self.draft_len):
+            raise SpecError(f"draft_len={self.draft_len}: must be at least 0, and 0 for a prompt that joins")
+        needed = 0 if self.sampling.greedy else 2 * self.draft_len + 1
+        if needed and len(self.uniforms) != needed:
+            raise SpecError(f"{len(self.uniforms)} uniforms: sampling with draft_len={self.draft_len} takes {needed}")
 
     @property
     def rows(self) -> int:
