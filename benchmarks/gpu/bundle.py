@@ -13,7 +13,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 # What the campaign's path imports of this project, and pytest for the tests marked gpu.
 NEEDED = ("msgspec", "platformdirs", "filelock", "markupsafe")
 TESTS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
-PEERS = ("flashinfer-python", "apache-tvm-ffi", "einops", "tabulate", "tqdm", "ninja", "requests", "nvidia-ml-py")
+PEERS = ("flashinfer-python<0.7", "apache-tvm-ffi", "einops", "tabulate", "tqdm", "ninja", "requests", "nvidia-ml-py")
 SITE = "/tmp/site"
 
 

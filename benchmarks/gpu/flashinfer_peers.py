@@ -31,7 +31,7 @@ def makers(heads: HeadConfig, workload: Workload) -> dict[str, Callable[[Attenti
     return found
 
 
-def _pages(problem: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def page_tables(problem: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its page table: starts [B + 1], pages one request after the other, keys on each request's last page."""
     page_size = problem.k_cache.shape[1]
     counts = (problem.kv_lens + page_size - 1) // page_size
@@ -44,7 +44,7 @@ def _decode(heads: HeadConfig, workload: Workload, problem: AttentionProblem) ->
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=problem.q.device)
     wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(scratch, "NHD", use_tensor_cores=True)
     wrapper.plan(
-        *_pages(problem),
+        *page_tables(problem),
         heads.num_q_heads,
         heads.num_kv_heads,
         heads.head_dim,
@@ -62,7 +62,7 @@ def _prefill(heads: HeadConfig, workload: Workload, problem: AttentionProblem) -
     wrapper = _flashinfer().BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD")
     wrapper.plan(
         problem.cu_q,
-        *_pages(problem),
+        *page_tables(problem),
         heads.num_q_heads,
         heads.num_kv_heads,
         heads.head_dim,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,11 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
 from benchmarks.gpu.tuning import TRIALS
-from specattn_codegen import gpus, record
-from specattn_codegen.arch import Arch
+from specattn_codegen import gpus, record, space
 from specattn_codegen.cost_model import Prediction, guess_resources, predict
 from specattn_codegen.digest import digest
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Status
-from specattn_codegen.shortlist import ranked
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.workloads import REFERENCE_SCORES
 
@@ -27,6 +26,7 @@ LIMITS = ("memory", "l2", "matrix", "vector", "latency", "launch")
 LEAST_PLANS = 4  # of a task, below which a rank says nothing
 BELIEF = 0.05  # in the model as it is: what pulls a factor to 1 that few measurements speak for
 FACTORS = (0.1, 10.0)  # bounds of what a measurement may make of a term
+MADE_UP_EVERY = 97  # of the feasible plans
 MADE_UP = "made-up times from the model's own terms, to exercise the arithmetic: nothing was measured"
 
 
@@ -63,6 +63,7 @@ def made_up() -> list[Timed]:
     arch, heads = gpus.find("h200"), HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=64)
     spec = KernelSpec(op="verify_attention", heads=heads, dtype="bfloat16", page_size=PAGE_SIZE, score=REFERENCE_SCORES)
     factors = {"memory": 4 / 3, "launch": 2.0}
+    plans = list(itertools.islice(space.feasible(spec, arch, "triton"), 0, None, MADE_UP_EVERY))
     return [
         Timed(
             task=workload.name,
@@ -70,14 +71,8 @@ def made_up() -> list[Timed]:
             measured_us=sum(term.microseconds * factors.get(term.limit, 1.0) for term in prediction.terms),
         )
         for workload in (Workload(batch=b, q_len=4, kv_len=n) for b, n in ((1, 8192), (4, 32768), (16, 65536)))
-        for prediction in _predictions(spec, workload, arch)
+        for prediction in (predict(spec, workload, plan, arch, guess_resources(spec, plan, arch)) for plan in plans)
     ]
-
-
-def _predictions(spec: KernelSpec, workload: Workload, arch: Arch) -> list[Prediction]:
-    plans = ranked(spec, workload, arch, "triton")
-    every = max(1, len(plans) // 12)
-    return [predict(spec, workload, plan, arch, guess_resources(spec, plan, arch)) for plan in plans[::every]]
 
 
 def compare(session: Session, found: Sequence[Timed]) -> Answer:

@@ -140,7 +140,7 @@ def race(
     about: dict[str, dict[str, object]] = {}
     for name, spec in specs.items():
         kernel, found = _chosen(session, spec, workload, OURS[name][1])
-        runs[name] = in_turn(launches(kernel, _calls(kernel, copies)), turn)
+        runs[name] = in_turn(launches(kernel, calls(kernel, copies)), turn)
         about[name] = _said(kernel, found, least_work(spec, workload))
     contiguous = [dense_inputs(heads, copy) for copy in copies] if dense else []
     for name, make in dense.items():
@@ -150,7 +150,7 @@ def race(
     return _answer(session, workload, runs, about)
 
 
-def _calls(kernel: Kernel, copies: Sequence[AttentionProblem]) -> list[AttentionCall]:
+def calls(kernel: Kernel, copies: Sequence[AttentionProblem]) -> list[AttentionCall]:
     return [problem_call(kernel.spec, inputs_of(kernel.spec, copy)) for copy in copies]
 
 
@@ -249,13 +249,13 @@ def race_sparse(session: Session, batch: int, kv_len: int, block: int) -> Answer
     problem = timing_problem(spec, workload, page_size=PAGE_SIZE, seed=SEED, device=session.device, block=block)
     copies, turn = _copies(session, problem)
     kernel, found = _chosen(session, spec, workload, {})
-    runs = {"ours": in_turn(launches(kernel, _calls(kernel, copies)), turn)}
+    runs = {"ours": in_turn(launches(kernel, calls(kernel, copies)), turn)}
     about = {"ours": _said(kernel, found, least_work(spec, workload))}
-    _enter("gather, then SDPA", lambda: [_gathered(copy, heads) for copy in copies], turn, runs, about)
+    _enter("gather, then SDPA", lambda: [gathered(copy, heads) for copy in copies], turn, runs, about)
     return _answer(session, workload, runs, about)
 
 
-def _gathered(problem: AttentionProblem, heads: HeadConfig) -> Launch:
+def gathered(problem: AttentionProblem, heads: HeadConfig) -> Launch:
     """The selected keys and the row's own, copied next to each other for every KV head, then attended to."""
     if problem.indices is None:
         raise TypeError("a sparse problem carries a selection")
