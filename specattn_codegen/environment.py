@@ -67,7 +67,7 @@ def compiler_version(backend: Backend) -> str:
     return cpu.compiler_version() if backend == "cpu" else f"triton {metadata.version('triton')}"
 
 
-def _own_version() -> str:
+def own_version() -> str:
     try:
         return metadata.version("specattn-codegen")
     except metadata.PackageNotFoundError:
@@ -76,7 +76,7 @@ def _own_version() -> str:
 
 def current(backend: Backend, device: str | None) -> Environment:
     return Environment(
-        specattn_codegen=_own_version(),
+        specattn_codegen=own_version(),
         python=platform.python_version(),
         torch=metadata.version("torch"),
         compiler=compiler_version(backend),

@@ -28,6 +28,12 @@ def shipped_packs_dir() -> Path:
     return _data_folder("tuned_configs")
 
 
+def licence_text() -> str:
+    """The licence of this project, from a checkout or an installation."""
+    installed = PACKAGE / "LICENSE"
+    return (installed if installed.is_file() else PACKAGE.parent / "LICENSE").read_text()
+
+
 def cache_dir() -> Path:
     chosen = os.environ.get("SPECATTN_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("specattn"))

@@ -1,0 +1,126 @@
+"""specattn-export: tuned kernels as code of their own, which needs torch and triton and nothing of this project."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from specattn_codegen import gpu_detect, gpus, ladder, paths
+from specattn_codegen.arch import Arch
+from specattn_codegen.cli import console
+from specattn_codegen.cli.progress import console as output
+from specattn_codegen.cli.tune import DEFAULT_PAGE_SIZE, find_heads
+from specattn_codegen.errors import SpecError
+from specattn_codegen.export.hugging_face import repository_files
+from specattn_codegen.export.package import Export, default_name, folder_files, write
+from specattn_codegen.export.tables import tables
+from specattn_codegen.heads import HeadConfig
+from specattn_codegen.pack_file import LICENCE
+from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype
+from specattn_codegen.workloads import TUNED_OPS, model_specs
+
+LAYOUTS = {"folder": folder_files, "hf-kernels": repository_files}
+EXAMPLES = """
+\b
+Examples:
+  specattn-export --model llama3-8b --gpu h100 --out ./llama3-kernels
+  specattn-export --heads 32,8,128 --gpu mi300x --packs ./packs --name my-kernels
+  specattn-export --model llama3-8b --gpu h100 --layout hf-kernels --out ./hub-repository
+
+\b
+Then, with nothing but torch and triton:
+  cd llama3-kernels && python -m specattn_h100_q32_kv8_d128.smoke_test     on a GPU
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", metavar="NAME|PATH", help="A registered model, a Hugging Face config.json, or its folder.")
+@click.option("--heads", metavar="HQ,HKV,D", help="Query heads, KV heads and head dim instead of a model.")
+@click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks the heads are split over.")
+@click.option("--gpu", default="local", show_default=True, metavar="NAME|local", help="The processor to export for.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of q and the cache.")
+@click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales.")
+@click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page of the cache.")
+@click.option(
+    "--packs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder of packs, or one, looked up before all others; may be repeated.",
+)
+@click.option("--layout", type=click.Choice(tuple(LAYOUTS)), default="folder", show_default=True)
+@click.option("--name", help="Lower-case letters, digits and dashes. [specattn-<gpu>-<heads>]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="An empty or new folder. [./<name>]")
+def command(
+    model: str | None,
+    heads: str | None,
+    tp: int,
+    gpu: str,
+    dtype: Dtype,
+    kv_dtype: KvDtype | None,
+    page_size: int,
+    packs: tuple[Path, ...],
+    layout: str,
+    name: str | None,
+    out: Path | None,
+) -> None:
+    """Write tuned kernels as a package of their own.
+
+    It holds the rendered kernels, a plain table that says which of them serves which sizes, launch functions, where
+    everything comes from, and a smoke test. The table is what lookups find in packs today; where they have nothing, the
+    cost model's choice or the safe default, and PROVENANCE.json says so. A model whose layers differ gives a package
+    each.
+    """
+    arch = find_gpu(gpu)
+    kinds = find_heads(model, heads, tp)
+    if name and len(kinds) > 1:
+        raise SpecError(
+            f"--name {name}: {model} has {len(kinds)} kinds of layers and takes a name for each; leave it out"
+        )
+    for kind in kinds:
+        export = exported(name or default_name(arch, kind), arch, kind, dtype, kv_dtype, page_size, packs)
+        folder = (out / export.name if len(kinds) > 1 else out) if out else Path(export.name)
+        write(folder, LAYOUTS[layout](export))
+        report(export, folder, layout)
+
+
+def find_gpu(gpu: str) -> Arch:
+    if gpu == "cpu":
+        raise SpecError("--gpu cpu: only Triton kernels are exported; name a GPU, as in --gpu h100")
+    return gpu_detect.local() if gpu == "local" else gpus.find(gpu)
+
+
+def exported(
+    name: str,
+    arch: Arch,
+    heads: HeadConfig,
+    dtype: Dtype,
+    kv_dtype: KvDtype | None,
+    page_size: int,
+    packs: tuple[Path, ...],
+) -> Export:
+    specs = model_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, ops=TUNED_OPS)
+    found = ladder.read(arch, heads, paths.pack_layers(*packs))
+    return Export(name=name, arch=arch, heads=heads, licence=LICENCE, tables=tables(specs, found))
+
+
+def report(export: Export, folder: Path, layout: str) -> None:
+    screen = output()
+    rungs = Counter(row.note for row in export.rows)
+    lines = [
+        f"{folder}: {len(export.kernels)} kernels for {len(export.rows)} sizes of {len(export.tables)} operations",
+        *(f"  {count} {note}" for note, count in sorted(rungs.items())),
+    ]
+    if any(row.found.candidate is None for row in export.rows):
+        lines.append(f"not tuned: {export.heads.name} on {export.arch.name} has no entries for some; see specattn-tune")
+    if layout == "folder":
+        lines.append(f"next, on {export.arch.name}: cd {folder} && python -m {export.package}.smoke_test")
+    else:
+        lines.append(f"next: upload {folder} as a kernel repository; kernel-builder takes it as it is")
+    for line in lines:
+        screen.print(line, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    console.run(command)

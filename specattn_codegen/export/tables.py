@@ -1,0 +1,73 @@
+"""What is exported: for each kernel of a model the sizes it is tuned at, and the ladder's plan at each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specattn_codegen import buckets, space
+from specattn_codegen.errors import SpecError
+from specattn_codegen.ladder import Found, Ladder
+from specattn_codegen.pack import structure
+from specattn_codegen.render import Source, render
+from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.workloads import default_workloads
+
+TARGET = "triton"  # its text serves every GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tuned size: where its plan comes from, and its kernel's text."""
+
+    workload: Workload
+    found: Found
+    source: Source
+
+    @property
+    def kernel(self) -> str:
+        """Of the module that holds the text."""
+        return f"{self.source.spec.op}_{self.source.digest[:10]}"
+
+    @property
+    def note(self) -> str:
+        """As in `exact: modelled, proved by interpreter`."""
+        candidate = self.found.candidate
+        if candidate is None:
+            return self.found.rung
+        return f"{self.found.rung}: {candidate.entry.chosen_by}, proved by {candidate.entry.proved_by}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A kernel's decision table; no two rows share a size bucket."""
+
+    spec: KernelSpec
+    rows: tuple[Row, ...]
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return buckets.SIZES[self.spec.op]
+
+
+def table(spec: KernelSpec, ladder: Ladder) -> Table:
+    """The sizes of the packs' entries for this very processor, or the default ones where they have none."""
+    tuned = [
+        one.entry.workload
+        for one in ladder.candidates
+        if not one.apart and one.why_unusable is None and structure(one.entry.spec) == structure(spec)
+    ]
+    rows: dict[tuple[int, ...], Row] = {}
+    for workload in tuned or default_workloads(spec, ladder.arch):
+        place = buckets.buckets(spec.op, workload)
+        if place not in rows:
+            found = ladder.find(spec, workload)
+            rows[place] = Row(workload=workload, found=found, source=render(spec, found.plan, TARGET))
+    return Table(spec=spec, rows=tuple(rows.values()))
+
+
+def tables(specs: Sequence[KernelSpec], ladder: Ladder) -> tuple[Table, ...]:
+    """Raises SpecError for a processor whose kernels are not Triton's."""
+    if "triton" not in space.backends_for(ladder.arch):
+        raise SpecError(f"{ladder.arch.name}: only Triton kernels are exported; name a GPU, as in --gpu h100")
+    return tuple(table(spec, ladder) for spec in specs)
