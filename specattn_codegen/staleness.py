@@ -9,7 +9,7 @@ from specattn_codegen import environment, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.build import target_for
 from specattn_codegen.digest import digest
-from specattn_codegen.errors import BuildError
+from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Backend
 from specattn_codegen.render import Source, render
@@ -52,7 +52,10 @@ def why_unusable(entry: Entry, arch: Arch) -> str | None:
     """Why an entry can serve nobody on this processor; None for one that can."""
     if not entry.is_understood:
         return "it has fields this version does not know; update specattn-codegen"
-    return space.why_invalid(entry.plan, entry.spec, arch)
+    try:
+        return space.why_invalid(entry.plan, entry.spec, arch)
+    except SpecError as error:  # an operation its backend does not have
+        return str(error)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from specattn_codegen.environment import current
 from specattn_codegen.errors import SpecError
 from specattn_codegen.export.hugging_face import repository_files
 from specattn_codegen.export.package import Export, default_name, folder_files, write
+from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack import Entry
 from specattn_codegen.policy import TopK
@@ -265,6 +266,19 @@ def test_the_command_exports_what_packs_have_and_refuses_what_it_cannot(
         assert shown.count("\n") == 1
 
 
-def test_an_export_needs_a_gpu_and_a_verification(tmp_path: Path) -> None:
+def test_only_tritons_kernels_are_exported(tmp_path: Path) -> None:
+    """A plan of another GPU language is passed over, as the package must need nothing but torch and triton."""
+    export = exported(tmp_path, WINDOW, "bfloat16")
+    spec = export.tables[0].spec
+    plan = next(space.feasible(spec, ARCH, "tilelang"))
+    path = tmp_path / "packs" / "h100" / f"{WINDOW.name}.json"
+    first, *others = pack.load(path).entries
+    pack.write(path, dataclasses.replace(pack.load(path), entries=(dataclasses.replace(first, plan=plan), *others)))
+    known = ladder.read(ARCH, WINDOW, [path])
+    assert known.find(spec, first.workload).plan == plan
+    assert {row.source.plan.backend for table in tables([spec], known) for row in table.rows} == {"triton"}
+
+
+def test_a_name_must_do_for_python_and_for_a_repository(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="must be lower-case"):
         dataclasses.replace(exported(tmp_path, WINDOW, "bfloat16"), name="a_b")

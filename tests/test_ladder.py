@@ -16,7 +16,7 @@ from specattn_codegen import buckets, gpus, ladder, pack, pack_file, space
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.environment import silicon
 from specattn_codegen.ladder import Ladder
-from specattn_codegen.pack import Entry
+from specattn_codegen.pack import Entry, Pack
 from specattn_codegen.spec import Workload
 from specattn_codegen.workloads import default_workloads
 
@@ -123,6 +123,15 @@ def test_a_plan_outside_todays_space_is_not_believed(tmp_path: Path, change: dic
     path.write_text(pack_file.to_text(plain))
     pack.load(path)
     assert ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
+
+
+def test_an_operation_its_backend_does_not_have_is_not_believed(tmp_path: Path) -> None:
+    publish(tmp_path, entry(SELECT))
+    mixed = dataclasses.replace(entry(), spec=dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head"))
+    pack.write(tmp_path / "mixed.json", Pack(arch=silicon(ARCH), heads=HEADS, entries=(mixed,)))
+    (candidate,) = ladder.read(ARCH, HEADS, [tmp_path / "mixed.json"]).candidates
+    assert candidate.why_unusable is not None
+    assert "mixed_attention" in candidate.why_unusable
 
 
 WORKLOADS = st.builds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,4 +71,5 @@ def tables(specs: Sequence[KernelSpec], ladder: Ladder) -> tuple[Table, ...]:
     """Raises SpecError for a processor whose kernels are not Triton's."""
     if "triton" not in space.backends_for(ladder.arch):
         raise SpecError(f"{ladder.arch.name}: only Triton kernels are exported; name a GPU, as in --gpu h100")
-    return tuple(table(spec, ladder) for spec in specs)
+    own = tuple(one for one in ladder.candidates if one.entry.plan.backend == TARGET)
+    return tuple(table(spec, dataclasses.replace(ladder, candidates=own)) for spec in specs)
