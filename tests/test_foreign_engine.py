@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from specattn_codegen import HeadConfig, SpecError, TopK
+from specattn_codegen.results import SparseOutput, VerifyOutput
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.draft_view import DraftView
 from specattn_runtime.engine import generate
@@ -174,3 +177,30 @@ def test_a_cache_without_bounds_cannot_serve_quest(wavy: Llama) -> None:
     _, view = decoder.round([joins, None], None)
     with pytest.raises(SpecError, match="preset=quest: ranks pages by bounds that this cache does not keep"):
         decoder.round([Turn(tokens=(1,), draft_len=1, policy=POLICY), None], view)
+
+
+@pytest.mark.parametrize("preset", ["pillar", "vegas", "quest"])
+def test_layers_with_a_window_a_soft_cap_and_sinks_of_their_own(wavy: Llama, preset: str) -> None:
+    heads = wavy.heads
+    windowed = ReferenceKernels(dataclasses.replace(heads, window=9, softcap=3.0))
+    sunk = SinkKernels(dataclasses.replace(heads, sinks=True, scale=0.5))
+    tuned = dataclasses.replace(PRESETS[preset], min_budget=0)
+    spec = DecodeSpec(preset=tuned, draft_len=3, budget=0.2, max_new_tokens=NEW_TOKENS, page_size=BLOCK)
+    found = generate(wavy, (windowed, sunk), PROMPTS, spec)
+    dense = generate(wavy, (windowed, sunk), PROMPTS, spec.without_drafts())
+    assert [request.tokens for request in found.requests] == [request.tokens for request in dense.requests]
+    plain = generate(wavy, ReferenceKernels(heads), PROMPTS, spec)
+    assert [request.tokens for request in plain.requests] != [request.tokens for request in dense.requests]
+
+
+class SinkKernels(ReferenceKernels):
+    """As gpt-oss has it: a learned logit a head, bound to the layer's kernels."""
+
+    def verify_attention(self, *call: torch.Tensor, max_q: int, **options: Any) -> VerifyOutput:
+        return super().verify_attention(*call, max_q=max_q, **options, sinks=self._sinks(call[0]))
+
+    def sparse_attention(self, q: torch.Tensor, *call: Any, max_q: int, **options: Any) -> SparseOutput:
+        return super().sparse_attention(q, *call, max_q=max_q, **options, sinks=self._sinks(q))
+
+    def _sinks(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(-1.0, 1.0, q.shape[1])

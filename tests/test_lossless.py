@@ -46,7 +46,7 @@ class WrongDrafts:
     """Real kernels whose selections and draft attention are noise."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.verify_attention = kernels.verify_attention
+        self.heads, self.verify_attention = kernels.heads, kernels.verify_attention
         self._select, self._attend = kernels.select_kv, kernels.sparse_attention
         self._generator = torch.Generator().manual_seed(0)
 

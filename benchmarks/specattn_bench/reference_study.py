@@ -105,7 +105,8 @@ class StudyKernels:
         self.coming: list[torch.Tensor] = []
         self.short: list[torch.Tensor] = []
         self.error: list[torch.Tensor] = []
-        self._kernels, self._heads, self._layers, self._method = kernels, heads, layers, method
+        self.heads = heads
+        self._kernels, self._layers, self._method = kernels, layers, method
         self._steps: list[torch.Tensor] = []  # lse of the round's draft steps, all layers of one after the other
         self._exact: list[torch.Tensor] = []  # scores of the pass's layers [B, Hkv, max_kv], 0 past a prefix
         self._off: list[torch.Tensor] = []  # lse minus reference, of the same [B, rows, Hq]
@@ -143,15 +144,15 @@ class StudyKernels:
         steps = self._steps[layer :: self._layers]
         now = RowLses(exact=found.lse.unflatten(0, (batch, -1)), drafted=torch.stack(steps, dim=1) if steps else None)
         past = self._past[layer] if len(self._past) > layer else None
-        truth = q.new_zeros(batch, self._heads.num_kv_heads, max_kv or 1)
+        truth = q.new_zeros(batch, self.heads.num_kv_heads, max_kv or 1)
         scores = found.scores if self._method.scores is None else truth.clone()
         for request, rows in enumerate(q.unflatten(0, (batch, -1))):
             keys = gather_keys(k_cache, page_table[request], torch.arange(int(kv_lens[request]) - max_q)).to(q.dtype)
             seen = Seen(
-                logits=prefix_logits(rows, keys, self._heads),
+                logits=prefix_logits(rows, keys, self.heads),
                 now=now.of(request),
                 past=past.of(request) if past else None,
-                kv_heads=self._heads.num_kv_heads,
+                kv_heads=self.heads.num_kv_heads,
             )
             truth[request, :, : len(keys)] = exact(seen)
             if scores is not None and self._method.scores is not None:
@@ -203,7 +204,7 @@ class StudyKernels:
         self.mass.append((truth * selected).sum(dim=3) / (truth * wanted).sum(dim=3))
         self._look_back(truth)
         if self._off:
-            off = torch.stack(self._off).unflatten(3, (self._heads.num_kv_heads, -1))  # [layers, B, rows, Hkv, group]
+            off = torch.stack(self._off).unflatten(3, (self.heads.num_kv_heads, -1))  # [layers, B, rows, Hkv, group]
             self.short.append(off.amax(dim=(2, 4)))
         if self._method.quantises:
             off = (scores.view(truth.shape) - truth).abs() / (RELATIVE * truth + FLOOR)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import Policy
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
@@ -13,6 +14,9 @@ from specattn_codegen.spec import ScoreSpec
 
 class AttentionKernels(Protocol):
     """q [total_q, Hq, D]; caches [num_pages, page_size, Hkv, D]; the rest [B, max_pages], [B] and [B + 1] int32."""
+
+    @property
+    def heads(self) -> HeadConfig: ...
 
     def verify_attention(
         self,

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
@@ -31,16 +32,26 @@ class KeyValues(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
-    """Dense causal attention of one request's first rows, which have nothing before them."""
+    """Dense causal attention of one request's first rows, which have nothing before them, by torch.
 
+    kernels, one a layer, say what each layer's attention is.
+    """
+
+    kernels: Sequence[AttentionKernels]
     cache: KeyValues
     rows: Rows
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, H, N, D]
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        scale = self.kernels[layer].heads.scale
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
+
+    @staticmethod
+    def can_serve(heads: HeadConfig) -> bool:
+        """Whether torch has this attention: windows, soft caps and sinks it has not."""
+        return heads.window is None and heads.softcap is None and not heads.sinks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

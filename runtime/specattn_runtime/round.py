@@ -121,11 +121,11 @@ class Decoder:
         instead, so that the first drafts already have a selection."""
         if not tokens:
             return
-        first = self.cache.lengths[request] == 0
+        plain = self.cache.lengths[request] == 0 and all(Prefill.can_serve(each.heads) for each in self.kernels)
         rows = self.cache.extend([len(tokens) * (other == request) for other in range(len(self.cache.lengths))])
         attention = (
-            Prefill(cache=self.cache, rows=rows)
-            if first
+            Prefill(kernels=self.kernels, cache=self.cache, rows=rows)
+            if plain
             else Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=None)
         )
         self.model.forward(torch.tensor(tokens, device=self._device), rows.positions, attention)
