@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from select_cases import any_score, rows_of
 from specattn_codegen import HeadConfig, reference
 from specattn_codegen.errors import SpecError
-from specattn_codegen.policy import Threshold, TopK
+from specattn_codegen.policy import Policy, Threshold, TopK
 from specattn_codegen.problems import random_scores
 from specattn_runtime import calibrate_thresholds, load_kernels
 
 budgets = st.one_of(st.integers(1, 30).map(lambda k: TopK(k=k)), st.floats(0.01, 1.0).map(lambda r: TopK(ratio=r)))
 
 
-def selected(scores: torch.Tensor, prefix_lens: torch.Tensor, threshold: Threshold, **arguments: int) -> torch.Tensor:
+def selected(
+    scores: torch.Tensor, prefix_lens: torch.Tensor, policy: Policy, *, sink: int, recent: int, block: int
+) -> torch.Tensor:
     """Columns selected of every head's whole sample: [(L,) S]."""
-    return reference.select_kv(scores, prefix_lens, threshold, **arguments).counts.sum(dim=-2)
+    chosen = reference.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
+    return chosen.counts.sum(dim=-2)
 
 
 @given(data=st.data(), budget=budgets, block=st.sampled_from([1, 1, 3]), layered=st.booleans())
@@ -36,7 +39,7 @@ def test_a_threshold_is_the_largest_that_fills_the_budget(
     threshold = calibrate_thresholds(scores, prefix_lens, budget, **forced)
     assert isinstance(threshold.value, torch.Tensor)
     assert threshold.value.shape == ((2, 1, 2) if layered else (2,))
-    wanted = reference.select_kv(scores, prefix_lens, budget, **forced).counts.sum(dim=-2)
+    wanted = selected(scores, prefix_lens, budget, **forced)
     known = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # as a NaN reaches no threshold
     assert (selected(known, prefix_lens, threshold, **forced) >= wanted).all()
     higher = Threshold(threshold.value.nextafter(torch.tensor(math.inf)))

@@ -89,15 +89,6 @@ def test_long_hostile_masses(kernel: cpu.CpuKernel, policy: TopP) -> None:
     assert check_selection(select(kernel, hostile(MASSES, 3_001), prefixes, policy, sink=4, recent=64)).passed
 
 
-def test_values_are_those_of_torch_topk(kernel: cpu.CpuKernel) -> None:
-    scores = random_scores(2, 2, [5000, 4000], 5000, seed=1)
-    chosen = select(kernel, scores, [5000, 4000], TopK(k=300))
-    for request, prefix in enumerate((5000, 4000)):
-        for row in range(2):
-            mine = scores[request, row, chosen.indices[request, row].long()].sort().values
-            assert torch.equal(mine, scores[request, row, :prefix].topk(300).values.sort().values)
-
-
 def test_a_million_ties_take_the_smallest_indices(kernel: cpu.CpuKernel) -> None:
     scores = torch.full((1, 1, 1_000_003), 0.5)
     chosen = select(kernel, scores, [1_000_003], TopK(k=2048))
@@ -127,35 +118,6 @@ def test_what_is_no_mass_is_refused(best: cpu.CpuKernel, bad: float, place: int)
     with pytest.raises(SpecError, match="needs masses, finite and not negative"):
         select(best, scores, [1000, 1000], TopP(0.9), sink=2, recent=2)
     assert check_selection(select(best, scores, [1000, place], TopP(0.9), sink=2, recent=2)).passed
-
-
-def test_strided_scores_and_padded_outputs(kernel: cpu.CpuKernel) -> None:
-    """Rows wider than the scores that count, and an output wider than the selection."""
-    wide = random_scores(2, 4, [100, 60], 200, seed=2)
-    out = Selection(torch.full((2, 2, 50), 7, dtype=torch.int32), torch.full((2, 2), 7, dtype=torch.int32))
-    assert check_selection(select(kernel, wide[:, ::2, :128], [100, 60], TopK(k=20), out=out)).passed
-    assert (out.indices[:, :, 20:] == -1).all()
-
-
-@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("block", [1, 4])
-def test_physical_slots(best: cpu.CpuKernel, slot_dtype: torch.dtype, block: int) -> None:
-    """A table with wild and negative entries, too short for the longest request."""
-    scores = random_scores(2, 2, [500, 90], 500, seed=3)
-    table = torch.randint(-3, 1000, (2, 40), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
-    arguments = {"block": block, "page_table": table[:, :30], "page_size": 12, "slot_dtype": slot_dtype}
-    call = select(best, scores, [500 * block, 90 * block], TopK(ratio=0.5), sink=3, recent=5, **arguments)
-    assert call.slots is not None
-    assert call.slots.dtype == slot_dtype
-    assert check_selection(call).passed
-    assert (call.slots[0] == -1).any()
-
-
-def test_slots_of_a_large_pool_take_64_bits(best: cpu.CpuKernel) -> None:
-    table = torch.tensor([[2**31 - 1]], dtype=torch.int32)
-    call = select(best, torch.ones(1, 1, 16), [16], TopK(k=1), page_table=table, page_size=16, slot_dtype=torch.int64)
-    assert call.slots is not None
-    assert call.slots.item() == (2**31 - 1) * 16
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 1, 1), (3, 4, 2), (1,)])

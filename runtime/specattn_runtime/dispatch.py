@@ -193,9 +193,10 @@ class Kernels:
         """A row at position p sees {selected j < tail_start} and {tail_start <= j <= p}.
 
         selection as select_kv gives it, one row per KV head or one for the layer; tail_start [B] int32. Where it has
-        slots, selected keys are read there and the page table serves the tail alone; -1 in indices or slots, or a slot
-        outside the cache, selects nothing. The other arguments are those of verify_attention; with everything selected
-        the results equal its results.
+        slots, selected keys are read there and the page table serves the tail alone. The indices of a row may come in
+        any order, and one given twice counts twice; -1 in indices or slots, an index of the tail and a slot outside
+        the cache select nothing. The other arguments are those of verify_attention; with everything selected the
+        results equal its results.
         """
         layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
         spec = self._spec("sparse_attention", None, "layer" if layer else "kv_head")
