@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from specattn_bench import mixed, reference, search, selection, sparse, sweep, verify
+from specattn_bench import dispatch, mixed, reference, search, selection, sparse, sweep, verify
 from specattn_codegen.cli import console
 
 QUESTIONS: tuple[click.Command, ...] = (
@@ -15,6 +15,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     reference.command,
     sweep.command,
     search.command,
+    dispatch.command,
 )
 HELP = """How fast are the kernels, beside what else there is and beside what this machine can do at all?
 
