@@ -42,6 +42,12 @@ def test_every_request_selects_by_its_own_policy() -> None:
     assert found.counts.dtype == torch.int32
 
 
+def test_nobody_who_selects_is_nothing_selected() -> None:
+    found = select_by_policy(KERNELS, random_scores(8), LENGTHS, [None] * 4, sink=1, recent=2)
+    assert (found.indices == -1).all()
+    assert not found.counts.any()
+
+
 def test_one_policy_is_one_launch_and_pages_are_blocks() -> None:
     found = select_by_policy(KERNELS, random_scores(4), LENGTHS, [TopK(k=9)] * 4, sink=0, recent=0, block=4)
     assert found.block == 4

@@ -55,17 +55,22 @@ def select_by_policy(
 
     Nothing is selected for a request whose policy is None. Requests that share a policy share a launch.
     """
-    distinct = list(dict.fromkeys(policy for policy in policies if policy is not None))
-    parts = []
-    for policy in distinct:
+    parts = [Selection(*_nothing(scores), block)]
+    for policy in dict.fromkeys(policy for policy in policies if policy is not None):
         mine = torch.tensor([other == policy for other in policies], device=prefix_lens.device)
         lengths = torch.where(mine, prefix_lens, 0).repeat(len(scores) // len(prefix_lens))
         parts.append(kernels.select_kv(scores, lengths, policy, sink=sink, recent=recent, block=block))
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) <= 2:
+        return parts[-1]
     # A row belongs to one policy; the others left it empty.
     indices = torch.stack(padded([part.indices for part in parts])).amax(dim=0)
     return Selection(indices, torch.stack([part.counts for part in parts]).sum(dim=0, dtype=torch.int32), block)
+
+
+def _nothing(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices [..., 1] and counts [...] of an empty selection out of scores [..., N]."""
+    counts = torch.zeros(scores.shape[:-1], dtype=torch.int32, device=scores.device)
+    return counts[..., None] - 1, counts
 
 
 def padded(indices: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -162,15 +162,7 @@ class Decoder:
         sampled = any(turn and not turn.sampling.greedy for turn in turns)
         for step in range(steps):
             drafting = [turn if turn and step < turn.draft_len else None for turn in turns]
-            rows = self.cache.extend([int(turn is not None) for turn in drafting])
-            attention = Draft(
-                kernels=self.kernels,
-                cache=self.cache,
-                rows=rows,
-                choose=self._choice(drafting, rows, view),
-                tail_start=view.tail_start,
-            )
-            logits = self.model.logits(self.model.forward(tokens[rows.requests, step], rows.positions, attention))
+            rows, logits, found_lses = self._draft_step(drafting, tokens[:, step], view)
             if sampled:
                 drawn, found = _draw_drafts([turn for turn in drafting if turn], step, logits)
                 tokens[rows.requests, step + 1] = drawn
@@ -180,12 +172,27 @@ class Decoder:
                 tokens[rows.requests, step + 1] = logits.argmax(dim=1)
             if view.least_lse is not None:
                 lses.append(torch.full_like(view.least_lse, math.nan))
-                lses[-1][:, rows.requests] = torch.stack(attention.lses)
+                lses[-1][:, rows.requests] = found_lses
         return Drafted(
             tokens=tokens,
             probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
             references=None if view.least_lse is None else row_references(lses, view.least_lse),
         )
+
+    def _draft_step(
+        self, drafting: Turns, tokens: torch.Tensor, view: DraftView
+    ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        """A token of tokens [B] for each turn: its rows, their logits [N, V] and every layer's lse [layers, N, Hq]."""
+        rows = self.cache.extend([int(turn is not None) for turn in drafting])
+        attention = Draft(
+            kernels=self.kernels,
+            cache=self.cache,
+            rows=rows,
+            choose=self._choice(drafting, rows, view),
+            tail_start=view.tail_start,
+        )
+        hidden = self.model.forward(tokens[rows.requests], rows.positions, attention)
+        return rows, self.model.logits(hidden), torch.stack(attention.lses)
 
     def verify(self, turns: Turns, drafted: Drafted) -> Verified:
         """Every turn's tokens and drafts over the whole cache; overwrites provisional keys in their slots.
@@ -206,25 +213,23 @@ class Decoder:
 
     def accept(self, turns: Turns, drafted: Drafted, verified: Verified) -> list[Emitted | None]:
         """The drafts that hold and the token that follows them, for every turn."""
+        drafts, logits = drafted.tokens[:, 1:], verified.logits
         draft_lens = torch.tensor([turn.draft_len if turn else 0 for turn in turns], device=self._device)
-        drafts = drafted.tokens[:, 1:]
         # A turn's last draft_len + 1 rows: those whose next tokens its drafts are, and the last.
         first = verified.rows.cu_q[1:].long() - 1 - draft_lens
         places = first[:, None] + torch.arange(drafts.shape[1] + 1, device=self._device)
-        places = places.clamp(0, len(verified.logits) - 1)
+        places = places.clamp(0, len(logits) - 1)
         if any(turn and not turn.sampling.greedy for turn in turns):
             samplings = [turn.sampling for turn in turns if turn for _ in range(turn.rows)]
-            targets = token_probabilities(verified.logits, samplings)[places]
-            offered = targets[:, :0] if drafted.probabilities is None else drafted.probabilities
-            accepted = accept_sampled(
-                drafts.clamp_min(0), offered, targets, draft_lens, _acceptance_uniforms(turns, drafts)
-            )
-            counts, following = accepted.counts, accepted.following
+            wanted = token_probabilities(logits, samplings)[places]
+            offered = wanted[:, :0] if drafted.probabilities is None else drafted.probabilities
+            uniforms = _acceptance_uniforms(turns, drafts)
+            counts, following = accept_sampled(drafts.clamp_min(0), offered, wanted, draft_lens, uniforms)
         else:
-            targets = verified.logits.argmax(dim=1)[places]
+            targets = logits.argmax(dim=1)[places]
             counts = accept_greedy(drafts, targets, draft_lens)
             following = targets.gather(1, counts[:, None])[:, 0]
-        best = verified.logits.topk(2, dim=1).values.double()
+        best = logits.topk(2, dim=1).values.double()
         margins = (best[:, 0] - best[:, 1])[places].tolist()
         chosen = zip(turns, drafts.tolist(), counts.tolist(), following.tolist(), margins, strict=True)
         return [
