@@ -14,9 +14,13 @@ site = Path(sys.argv[1]).resolve()
 for place in (Path(specattn_codegen.__file__).parent, paths.templates_dir(), paths.shipped_packs_dir()):
     if not place.resolve().is_relative_to(site) or not any(place.iterdir()):
         sys.exit(f"{place} is not a filled folder of the installed wheel {site}")
+if "TERMS AND CONDITIONS" not in paths.licence_text():
+    sys.exit("the installed wheel lacks its licence, which exports carry")
 
 commands = metadata.distribution("specattn-codegen").entry_points.select(group="console_scripts")
-missing = {"specattn-bench", "specattn-generate", "specattn-tune"} - {command.name for command in commands}
+missing = {"specattn-bench", "specattn-export", "specattn-generate", "specattn-pack", "specattn-tune"} - {
+    command.name for command in commands
+}
 if missing:
     sys.exit(f"the installed wheel lacks {', '.join(sorted(missing))}")
 for command in commands:

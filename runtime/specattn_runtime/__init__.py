@@ -2,6 +2,7 @@
 
 from specattn_codegen.policy import Threshold, TopK, TopP
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
+from specattn_runtime.agreement import require_agreement
 from specattn_runtime.calibration import calibrate_thresholds
 from specattn_runtime.dispatch import Kernels, load_kernels
 
@@ -15,4 +16,5 @@ __all__ = [
     "VerifyOutput",
     "calibrate_thresholds",
     "load_kernels",
+    "require_agreement",
 ]

@@ -41,7 +41,7 @@ class Kernels:
     """The operations of one HeadConfig on one device. They share scratch memory: one thread and stream at a time.
 
     `rungs` tells, for every kernel in use, how its plan was found: see specattn_codegen.ladder. `digest` is equal for
-    ranks of a cluster that give every call the same plan and kernel; compare it before they start.
+    ranks of a cluster that give every call the same plan and kernel: see require_agreement.
     """
 
     def __init__(
