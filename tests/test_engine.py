@@ -268,10 +268,12 @@ class RecordingKernels(ReferenceKernels):
         return super().verify_attention(*args, max_q=max_q, max_kv=max_kv, score=score)
 
 
-@pytest.mark.parametrize("drafts", [True, False])
+@pytest.mark.parametrize(("drafts", "interval"), [(True, 1), (True, 2), (False, 1)])
 @pytest.mark.parametrize("prompt_len", [20, 60])
-def test_warming_up_runs_the_kernels_a_run_starts_and_ends_with(wavy: Llama, prompt_len: int, drafts: bool) -> None:
-    spec = decode_spec("vegas", budget=1.0, max_new_tokens=10)
+def test_warming_up_runs_the_kernels_a_run_starts_and_ends_with(
+    wavy: Llama, prompt_len: int, drafts: bool, interval: int
+) -> None:
+    spec = decode_spec("vegas", budget=1.0, max_new_tokens=10, refresh_interval=interval)
     if not drafts:
         spec = spec.without_drafts()
     warm, real = RecordingKernels(wavy), RecordingKernels(wavy)

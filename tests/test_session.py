@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from specattn_codegen import SpecError
+from specattn_codegen.results import SparseOutput
 from specattn_runtime import load_kernels
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.engine import generate
@@ -184,17 +187,30 @@ def test_keys_that_are_selected_less_often_give_the_same_text(wavy: Llama, prese
     assert alone(wavy, prompt_of(40), dataclasses.replace(spec, refresh_interval=interval)).tokens == wanted.tokens
 
 
+class TailKernels(ReferenceKernels):
+    """Remembers where the dense tail of each draft step began."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__(model.heads)
+        self.tails: list[int] = []
+
+    def sparse_attention(self, q: torch.Tensor, *call: Any, max_q: int, **_: object) -> SparseOutput:
+        self.tails.append(int(call[-1][0]))
+        return super().sparse_attention(q, *call, max_q=max_q)
+
+
 def test_selections_last_for_the_interval_and_the_tail_grows(wavy: Llama) -> None:
-    session = session_of(wavy, decode_spec("pillar", refresh_interval=3, max_new_tokens=30), max_requests=1)
-    session.add_request(prompt_of(40))
-    starts = []
-    while session.has_work:
-        session.step()
-        view = session._view
-        assert view is not None
-        starts.append(int(view.tail_start[0]))
-    assert starts[0] == 36
-    assert starts[0] == starts[1] == starts[2] < starts[3] == starts[4] == starts[5]
+    kernels = TailKernels(wavy)
+    spec = decode_spec("pillar", refresh_interval=3, max_new_tokens=30)
+    found = generate(wavy, kernels, [prompt_of(40)], spec).requests[0]
+    # By rounds, of as many steps as drafts and two layers: the prompt's selection serves the first three, and so on.
+    steps = iter(kernels.tails)
+    rounds = [{next(steps) for _ in range(2 * drafted)} for drafted in found.drafted]
+    lengths = [40 + emitted for emitted in itertools.accumulate((held + 1 for held in found.accepted), initial=0)]
+    for number, tails in enumerate(rounds):
+        served = number - number % 3
+        assert tails <= {36 if number < 3 else lengths[served - 1]}
+    assert len(rounds) > 6
 
 
 def test_the_same_seed_is_the_same_text_and_another_is_another(wavy: Llama) -> None:

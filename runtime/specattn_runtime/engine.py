@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -75,9 +76,10 @@ def warm_up(
         session.cache.extend(lengths)
         joining = Turn(tokens=(0,) * (draft_len + 1), joins=True, policy=spec.policy)
         _, view = decoder.round([joining] * len(prompts), None)
-        for drafts in (draft_len if spec.preset.drafts else 0, 0):
+        policies = (spec.policy, None) if spec.refresh_interval > 1 else (spec.policy,)
+        for drafts, policy in itertools.product((draft_len if spec.preset.drafts else 0, 0), policies):
             decoder.rewind(lengths)
-            decoder.round([Turn(tokens=(0,), draft_len=drafts, policy=spec.policy)] * len(prompts), view)
+            decoder.round([Turn(tokens=(0,), draft_len=drafts, policy=policy)] * len(prompts), view)
 
 
 def _session(
