@@ -48,6 +48,7 @@ class Entry:
     resources         of the binary; empty on the CPU
     source_digest     of the rendered text that was compiled
     space_digest      of the axes it was found in; empty where nobody noted it
+    policy            how it was timed, in the words of measure.POLICY; empty where nothing was timed or noted
     unknown           JSON of the fields that only a later version knows, kept for it; empty for none
     """
 
@@ -63,6 +64,7 @@ class Entry:
     source_digest: str
     environment: Environment
     space_digest: str = ""
+    policy: str = ""
     unknown: str = ""
 
     def __post_init__(self) -> None:

@@ -15,11 +15,12 @@ from specattn_codegen.silicon import same
 
 
 def better(known: Entry, other: Entry) -> Entry:
-    """Measured goes before modelled. Of two measured ones the other has to be faster by more than both their noises; of
-    two modelled ones it is taken, as predictions of two versions do not compare."""
+    """Measured goes before modelled. Of two that were timed alike the other has to be faster by more than both their
+    noises; of two that were not, or modelled, it is taken, as their times do not compare."""
     if known.chosen_by != other.chosen_by:
         return known if known.chosen_by == "measured" else other
-    if known.chosen_by == "measured" and other.latency_us + other.noise_us >= known.latency_us - known.noise_us:
+    timed_alike = known.chosen_by == "measured" and known.policy == other.policy
+    if timed_alike and other.latency_us + other.noise_us >= known.latency_us - known.noise_us:
         return known
     return other
 

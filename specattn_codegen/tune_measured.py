@@ -10,7 +10,7 @@ from specattn_codegen import record, space
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.digest import canonical_json
 from specattn_codegen.jobs import BuildJob
-from specattn_codegen.measure import beats
+from specattn_codegen.measure import POLICY, beats
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
@@ -180,6 +180,7 @@ def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook:
             resources=timed[plan].resources,
             source_digest=logbook.source_digest(task.spec, plan),
             space_digest=space_digest(task.spec, plan.backend),
+            policy=POLICY,
             environment=logbook.environment,
         )
     ]

@@ -143,6 +143,9 @@ MERGES: dict[str, tuple[Measurement, Measurement, float]] = {
 }
 
 
+POLICIES = ((9.0, "blocks, median"), (20.0, "graphs, median"))
+
+
 @pytest.mark.parametrize("name", MERGES)
 def test_a_merge_keeps_the_better(run: Run, tmp_path: Path, name: str) -> None:
     first, second, kept = MERGES[name]
@@ -153,6 +156,12 @@ def test_a_merge_keeps_the_better(run: Run, tmp_path: Path, name: str) -> None:
     assert run("merge", *files, "--out", tmp_path / "out.json")[0] == 0
     (best,) = pack.load(tmp_path / "out.json").entries
     assert best.latency_us == kept
+
+
+def test_times_of_two_policies_do_not_compare() -> None:
+    old, new = (dataclasses.replace(entry(chosen_by="measured", latency_us=us), policy=how) for us, how in POLICIES)
+    assert pack_merge.better(old, new) == new
+    assert pack_merge.better(old, dataclasses.replace(new, policy=old.policy)) == old
 
 
 def test_a_merge_joins_licences_and_unknown_fields_and_refuses_other_processors(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.measure import POLICY
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
@@ -76,7 +77,7 @@ def test_the_cpu_is_measured_and_a_second_run_repeats_no_trial(own_cache: Path) 
     saved = pack.load(pack.pack_path(own_cache / "packs", arch, HEADS)).entries
     assert set(saved) == set(watcher.winners)
     for entry in saved:
-        assert (entry.chosen_by, entry.proved_by) == ("measured", "device")
+        assert (entry.chosen_by, entry.proved_by, entry.policy) == ("measured", "device", POLICY)
         assert entry.share_of_ceiling == pytest.approx(floor_us(entry.spec, entry.workload, arch) / entry.latency_us)
         found = ladder.lookup(entry.spec, entry.workload, arch, [own_cache / "packs"])
         assert found is not None

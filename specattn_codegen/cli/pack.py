@@ -343,8 +343,8 @@ def diff(before: str, after: str) -> None:
 def merge(what: tuple[str, ...], out: Path) -> None:
     """The best of several packs of one processor and HeadConfig.
 
-    Measured entries go before modelled ones; of two measured ones the faster by more than noise, else the one named
-    first; of two modelled ones the one named last.
+    Measured entries go before modelled ones. Of two that were timed alike the faster by more than noise, else the one
+    named first; of two that were not, or modelled, the one named last.
     """
     merged = pack_merge.merge_packs([pack.load(find(one).path) for one in what])
     with pack.locked(out):
