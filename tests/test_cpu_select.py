@@ -61,9 +61,10 @@ def test_any_input(kernel: cpu.CpuKernel, kind: str, data: st.DataObject) -> Non
     layers, batch, columns = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(0, 130))
     block = data.draw(st.sampled_from([1, 1, 1, 4, 16]))
     prefixes = data.draw(st.lists(st.integers(-1, columns * block + 3), min_size=batch, max_size=batch))
-    scores = rows_of(data, any_mass if kind == "p" else any_score, (layers, batch, 2, columns))
+    union = data.draw(st.sampled_from([1, 1, 3]))
+    scores = rows_of(data, any_mass if kind == "p" else any_score, (layers, batch, 2 * union, columns))
     sink, recent = data.draw(st.integers(0, 9)) * block, data.draw(st.integers(0, 9)) * block
-    call = select(kernel, scores, prefixes, policy, sink=sink, recent=recent, block=block)
+    call = select(kernel, scores, prefixes, policy, sink=sink, recent=recent, block=block, union=union)
     assert check_selection(call).passed, call
 
 

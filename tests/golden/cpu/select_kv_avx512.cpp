@@ -110,23 +110,24 @@ struct Scratch {
     int32_t* indices;  // where they stand
     uint32_t* keys;    // the same scores as integers, of which a search keeps fewer and fewer
     int32_t* row;      // where rows are united, the selection of one of them
-    uint64_t* members; // and a bit for every column that some row selects
+    uint8_t* members;  // and for every column whether some row selects it
 };
 
 static int64_t list_elements(const Arguments& a) {
     return (larger(a.columns, SAMPLED) + SLACK + 15) / 16 * 16;
 }
 
-static int64_t member_words(const Arguments& a) { return ((int64_t)a.columns + 63) / 64; }
+// Of a column each, and 0 up to whole vectors.
+static int64_t member_bytes(const Arguments& a) { return ((int64_t)a.columns + 63) / 64 * 64; }
 
 static int64_t scratch_bytes(const Arguments& a) {
-    return (a.united > 1 ? 4 : 3) * 4 * list_elements(a) + (a.united > 1 ? 8 * member_words(a) : 0);
+    return (a.united > 1 ? 4 : 3) * 4 * list_elements(a) + (a.united > 1 ? member_bytes(a) : 0);
 }
 
 static Scratch scratch_of(const Arguments& a, int thread) {
     int32_t* at = (int32_t*)(a.workspace + thread * scratch_bytes(a));
     const int64_t list = list_elements(a);
-    return {(float*)at, at + list, (uint32_t*)(at + 2 * list), at + 3 * list, (uint64_t*)(at + 4 * list)};
+    return {(float*)at, at + list, (uint32_t*)(at + 2 * list), at + 3 * list, (uint8_t*)(at + 4 * list)};
 }
 
 // ---- passes over scores ----
@@ -485,19 +486,36 @@ static int64_t select_row(const Arguments& a, int64_t item, const Scratch& s, in
     return write_run(out, taken, r.tail, r.prefix);
 }
 
+// Which of eight columns are members, a bit for each: the product moves the lowest bit of byte i to bit 56 + i.
+static inline uint32_t eight_members(const uint8_t* members) {
+    uint64_t bytes;
+    memcpy(&bytes, members, 8);
+    return (uint32_t)(bytes * 0x0102040810204080ull >> 56);
+}
+
+static int64_t write_members(const Arguments& a, const uint8_t* members, int32_t* out) {
+    int64_t taken = 0, i = 0;
+    for (; i < a.columns && taken + LANES <= a.width; i += LANES) {
+        uint32_t take = eight_members(members + i);
+        if (LANES == 16) take |= eight_members(members + i + 8) << 8;
+        store(out + taken, pack_lanes(take, (int32_t)i));
+        taken += __builtin_popcount(take);
+    }
+    for (; i < a.columns; i += 8)
+        for (uint32_t take = eight_members(members + i); take; take &= take - 1)
+            out[taken++] = (int32_t)i + __builtin_ctz(take);
+    return taken;
+}
+
 // The same for what any of some neighbouring rows selects.
 static int64_t select_united(const Arguments& a, int64_t first_item, const Scratch& s, int32_t* out) {
-    memset(s.members, 0, member_words(a) * sizeof(uint64_t));
+    memset(s.members, 0, member_bytes(a));
     for (int64_t item = first_item; item < first_item + a.united; item++) {
         const int64_t taken = select_row(a, item, s, s.row);
         if (taken < 0) return -1;
-        for (int64_t i = 0; i < taken; i++) s.members[s.row[i] / 64] |= (uint64_t)1 << s.row[i] % 64;
+        for (int64_t i = 0; i < taken; i++) s.members[s.row[i]] = 1;
     }
-    int64_t taken = 0;
-    for (int64_t word = 0; word < member_words(a); word++)
-        for (uint64_t bits = s.members[word]; bits; bits &= bits - 1)
-            out[taken++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
-    return taken;
+    return write_members(a, s.members, out);
 }
 
 // Returns whether the scores were such as the policy takes.
