@@ -32,6 +32,7 @@ from specattn_runtime.sampling import draw, token_probabilities
 from specattn_runtime.stopwatch import Stopwatch
 from specattn_runtime.turn import Emitted, Turn
 
+PREFILL_ROWS = 128  # of a prompt that go through the kernels at a time: their scratch grows with the rows
 NOTHING = -1  # pads token rows where a request has fewer rows than the longest
 Turns = Sequence[Turn | None]  # one a place in the batch; None where nobody is
 
@@ -119,16 +120,17 @@ class Decoder:
     def prefill(self, request: int, tokens: Sequence[int]) -> None:
         """Adds tokens to a request's cache and says nothing about what follows them. The end of a prompt joins a round
         instead, so that the first drafts already have a selection."""
-        if not tokens:
-            return
         plain = self.cache.lengths[request] == 0 and all(Prefill.can_serve(each.heads) for each in self.kernels)
-        rows = self.cache.extend([len(tokens) * (other == request) for other in range(len(self.cache.lengths))])
-        attention = (
-            Prefill(kernels=self.kernels, cache=self.cache, rows=rows)
-            if plain
-            else Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=None)
-        )
-        self.model.forward(torch.tensor(tokens, device=self._device), rows.positions, attention)
+        most = max(1, len(tokens)) if plain else PREFILL_ROWS
+        for begin in range(0, len(tokens), most):
+            piece = tokens[begin : begin + most]
+            rows = self.cache.extend([len(piece) * (other == request) for other in range(len(self.cache.lengths))])
+            attention = (
+                Prefill(kernels=self.kernels, cache=self.cache, rows=rows)
+                if plain
+                else Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=None)
+            )
+            self.model.forward(torch.tensor(piece, device=self._device), rows.positions, attention)
 
     def round(self, turns: Turns, view: DraftView | None) -> tuple[list[Emitted | None], DraftView | None]:
         """Every turn's emitted tokens, 1 to draft_len + 1 of them, and the view for the next round.
