@@ -32,16 +32,16 @@ def draw(path: Path, title: str, found: Sequence[Standing], bars: Bars, colour: 
     figure.savefig(path, dpi=160)
 
 
-def _lines(axes: Axes) -> None:
+def _lines(axes: Axes, base: int) -> None:
     plain(axes)
     axes.tick_params(axis="y", length=0)
+    axes.set_xscale("log", base=base)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def times(axes: Axes, cases: Sequence[str], found: Sequence[Standing], colour: Mapping[str, str]) -> None:
     """A dot for every series, and the floor of ours."""
-    _lines(axes)
-    axes.set_xscale("log")
+    _lines(axes, base=10)
     for one in found:
         y = cases.index(one.series.case.name)
         axes.plot(one.timing.median_us / 1e3, y, "o", color=colour[one.series.label], ms=7, mec="white", mew=0.7)
@@ -49,13 +49,11 @@ def times(axes: Axes, cases: Sequence[str], found: Sequence[Standing], colour: M
             axes.plot(one.floor.microseconds / 1e3, y, "|", color=INK, ms=13, mew=1.6)
     axes.set_xlabel("milliseconds, median", fontsize=FONT_SIZE, color=INK)
     axes.set_title("Times of this run", fontsize=FONT_SIZE + 1, color=INK, loc="left")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def ratios(axes: Axes, cases: Sequence[str], bars: Bars, colour: Mapping[str, str]) -> None:
     """Bars from 1 for every series of ours, and diamonds for the second ratio."""
-    _lines(axes)
-    axes.set_xscale("log", base=2)
+    _lines(axes, base=2)
     for place, case in enumerate(cases):
         named = [name for name in colour if case in bars.values.get(name, {}) or case in bars.marks.get(name, {})]
         height = 0.8 / max(1, len(named))
@@ -66,22 +64,22 @@ def ratios(axes: Axes, cases: Sequence[str], bars: Bars, colour: Mapping[str, st
             )
     axes.axvline(1, color=FAINT, lw=1)
     axes.set_xlabel("times as fast", fontsize=FONT_SIZE, color=INK)
-    axes.set_title(
-        f"Bars: beside {bars.label}. Diamonds: beside {bars.marks_label}", fontsize=FONT_SIZE + 1, color=INK, loc="left"
-    )
+    said = f"Bars: beside {bars.label}\nDiamonds: beside {bars.marks_label}"
+    axes.set_title(said, fontsize=FONT_SIZE + 1, color=INK, loc="left")
 
 
 def _ratio(axes: Axes, y: float, height: float, bar: float | None, mark: float | None, colour: str) -> None:
     if bar is not None:
         axes.barh(y, bar - 1, 0.9 * height, left=1, color=colour)
+        inside = bar > 1.6
         axes.annotate(
-            f"{bar:.1f}",
-            (1, y),
+            f"{bar:.3g}",
+            (1 if inside else max(1.0, bar), y),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=FONT_SIZE - 2,
-            color="white" if bar > 1.6 else INK,
+            color="white" if inside else INK,
         )
     if mark is not None:
         axes.plot(mark, y, "D", color=colour, ms=5, mec=INK, mew=0.6)

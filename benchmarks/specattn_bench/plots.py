@@ -15,7 +15,7 @@ from specattn_bench.ceilings import Ceilings
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 OURS = ("#0b4f8a", "#2f8fd8", "#3fb8a5", "#7a5cc2", "#c2528b", "#5b8c2a")
-PEERS = ("#b8560f", "#e39a3b", "#9aa5b1", "#8c2f39", "#c9a227", "#616e7c")
+PEERS = ("#b8560f", "#e39a3b", "#9aa5b1", "#8c2f39", "#c9a227", "#616e7c", "#e07a7a", "#4a3728")
 MARKERS = ("o", "s", "^", "D")
 STYLES = ("-", "--", ":", "-.")
 FONT_SIZE = 9.5
