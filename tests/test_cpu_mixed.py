@@ -63,7 +63,10 @@ def test_a_mixed_batch_gives_the_bits_of_the_two_operations_apart(heads_per_task
     verify = kernel_for(
         KernelSpec(op="verify_attention", heads=SMALL, score=ScoreSpec()), changes={"heads_per_task": heads_per_task}
     )
-    sparse = kernel_for(KernelSpec(op="sparse_attention", heads=SMALL, selection="kv_head"))
+    sparse = kernel_for(
+        KernelSpec(op="sparse_attention", heads=SMALL, selection="kv_head"),
+        changes={"key_tile": mixed.plan.integer("key_tile")},
+    )
     problem = attention_problem(
         mixed.spec, q_lens=[5, 1, 3, 1], kv_lens=[900, 1200, 77, 300], page_size=16, seed=4, budget=90
     )

@@ -18,7 +18,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
 
     split_keys  keys of a task, an argument of the binary, which plans that differ by it share
     prefetch    next_tile: a tile's rows are fetched into the second-level cache while the one before is worked on;
-                next_tile_l1: into the first
+                next_tile_l1: into the first; the rows of a selection per KV head all at once, others bit by bit
     score_dump  what the scored rows' weights are kept in
     """
     if spec.op == "select_kv":
@@ -55,7 +55,7 @@ def _has_bfloat16_products(spec: KernelSpec) -> bool:
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     if spec.op == "select_kv":
         return Plan.of("cpu", sampled=1024)
-    product, key_tile = "fma", 32
+    product, key_tile = "fma", 64 if _has_a_selection_per_head(spec) else 32  # whose tiles are fetched at once
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
         product, key_tile = ("amx", 64) if arch.target in PRODUCT_TARGETS["amx"] else ("bf16", 32)
     whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES

@@ -4,7 +4,7 @@
 //
 // A task is one KV head (or all of them) over split_keys keys. Splits have a fixed length, so a row's result does not
 // depend on the other requests of its batch nor on the number of threads.
-#include <math.h>
+  #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -223,8 +223,15 @@ static inline void rows_of(const Arguments& a, const Tile& tile, int head, Rows&
     for (int j = 0; j < KEY_TILE; j++) rows.v[j] = tile.v[j] + head * a.v_head;
 }
 
+// Rows that are fetched wait in the second-level cache: a tile of every head is larger than the first.
+// Inlined by force, as all that calls it: GCC drops calls of a function that does nothing but prefetch.
+template <int ELEMENTS> static inline __attribute__((always_inline)) void fetch_row(const Cached* row) {
+#pragma GCC unroll 8
+    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
+        __builtin_prefetch((const char*)row + byte, 0, 2);
+}
+
 // Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
-// Rows wait in the second-level cache: a tile of every head is larger than the first.
 template <int ELEMENTS> struct Fetcher {
     const Cached* const* rows;
     uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
@@ -232,13 +239,10 @@ template <int ELEMENTS> struct Fetcher {
     Fetcher(const Cached* const* next, int blocks)
         : rows(next), rows_per_block((uint32_t)(((int64_t)KEY_TILE << 16) / blocks) + 1) {}
 
-    // After each block. Inlined by force: GCC drops calls of a function that does nothing but prefetch.
+    // After each block.
     __attribute__((always_inline)) void advance() {
         due += rows_per_block;
-        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++)
-#pragma GCC unroll 8
-            for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
-                __builtin_prefetch((const char*)rows[fetched] + byte, 0, 2);
+        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++) fetch_row<ELEMENTS>(rows[fetched]);
     }
 };
 
