@@ -14,10 +14,10 @@ LEAST_DIFFERENCES = 2  # settings in which a plan differs from the ones before i
 
 
 def ranked(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> list[Plan]:
-    """Every feasible plan, the best by its guessed resources first; in the order of the axes on the CPU, of which there
-    is no model."""
+    """Every feasible plan, the best by its guessed resources first; in the order of the axes where there is no
+    model of the backend."""
     plans = list(space.feasible(spec, arch, backend))
-    if not arch.is_gpu:
+    if backend != "triton":
         return plans
     times = {
         plan: cost_model.predict(spec, workload, plan, arch, cost_model.guess_resources(spec, plan, arch)).latency_us

@@ -32,12 +32,12 @@ from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 from specattn_runtime.dispatch import load_kernels
 
 COMMAND = (sys.executable, "-m", "benchmarks.gpu")
-PATIENCE_S = 240.0
+PATIENCE_S = 1500.0  # a machine under load takes minutes for what takes half of one
 CPU = cpu_info.detect(measure=False)
 
 
 def command(out: Path, *arguments: str) -> list[str]:
-    return [*COMMAND, "--out", str(out), "--minutes", "4", "--rehearse", *arguments]
+    return [*COMMAND, "--out", str(out), "--minutes", "25", "--rehearse", *arguments]
 
 
 def keys(folder: Path, status: str) -> Counter[str]:
@@ -85,7 +85,8 @@ def test_every_rehearsed_answer_says_that_it_is_no_gpus(cut_and_finished: Path) 
 
 def test_what_a_rehearsal_can_find_out_it_finds(cut_and_finished: Path) -> None:
     answers: dict[str, Any] = {**Journal(folder=cut_and_finished, revision="").answers()}
-    assert answers["correctness/tiny/bfloat16"]["wrong"] == []
+    proved = answers["correctness/tiny/bfloat16"]
+    assert (proved["wrong"], proved["not_served"], proved["proofs"]) == ([], [], 1)
     assert answers["correctness/memcheck"]["passed"] is True
     assert answers["graphs/reference"]["same_bits"] is True
     assert answers["ceilings/read"]["gbs"] > 0

@@ -17,12 +17,13 @@ from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
 from specattn_codegen import cpu_info, gpus, ladder, paths
 from specattn_codegen.arch import Arch
+from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import InterpretJob, ProveJob
 from specattn_codegen.outcome import Status
-from specattn_codegen.plan import Plan
+from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.shortlist import shortlist
-from specattn_codegen.space import backends_for, default_plan, why_invalid
+from specattn_codegen.space import backends_for, why_invalid
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreSpec, Workload
 from specattn_codegen.worker import WorkerPool
 from specattn_codegen.workloads import DRAFT_LEN, REFERENCE_SCORES, TUNED_OPS, model_specs
@@ -69,8 +70,10 @@ def _specs(session: Session, heads: HeadConfig, dtype: Dtype) -> list[KernelSpec
 
 
 def prove_all(session: Session, pool: WorkerPool[Proof], specs: Sequence[KernelSpec]) -> Answer:
-    """Several plans of every kernel: the default, what the packs would load, and unlike ones the cost model likes."""
-    jobs = [_job(session, spec, plan) for spec in specs for plan in _plans(session, spec)]
+    """Several plans of every kernel on every backend that is here: the default, what the packs would load, and unlike
+    ones the cost model likes. Kernels that a backend does not serve are named, with its reason."""
+    asked = [(spec, _plans(session, spec, backend)) for spec in specs for backend in backends(session)]
+    jobs = [_job(session, spec, plan) for spec, plans in asked if not isinstance(plans, str) for plan in plans]
     found = [
         {
             "spec": job.spec.name,
@@ -82,7 +85,23 @@ def prove_all(session: Session, pool: WorkerPool[Proof], specs: Sequence[KernelS
         for job, outcome in pool.run(jobs)
     ]
     wrong = [one for one in found if one["status"] != Status.OK.value]
-    return session.label({"kernels": len(specs), "proofs": len(found), "wrong": wrong, "proved": found})
+    return session.label(
+        {
+            "backends": list(backends(session)),
+            "kernels": len(specs),
+            "proofs": len(found),
+            "wrong": wrong,
+            "not_served": [f"{spec.name}: {plans}" for spec, plans in asked if isinstance(plans, str)],
+            "proved": found,
+        }
+    )
+
+
+def backends(session: Session) -> tuple[Backend, ...]:
+    """Those of this GPU that are installed; the interpreter knows Triton alone."""
+    if session.is_rehearsal:
+        return ("triton",)
+    return tuple(backend for backend in backends_for(session.arch) if importlib.util.find_spec(backend))
 
 
 def workload_of(spec: KernelSpec) -> Workload:
@@ -95,14 +114,19 @@ def _arch(session: Session) -> Arch:
     return REHEARSED_ON if session.is_rehearsal else session.arch
 
 
-def _plans(session: Session, spec: KernelSpec) -> list[Plan]:
-    arch, workload, count = _arch(session), workload_of(spec), session.sizes.plans_checked
-    plans: list[Plan] = []
-    for backend in backends_for(arch):
-        if why_invalid(default_plan(spec, arch, backend), spec, arch) is None:
-            plans += shortlist(spec, workload, arch, backend, count=count)
+def _plans(session: Session, spec: KernelSpec, backend: Backend) -> list[Plan] | str:
+    """Plans to check; or why the backend does not serve the kernel."""
+    arch, workload = _arch(session), workload_of(spec)
+    try:
+        plans = shortlist(spec, workload, arch, backend, count=session.sizes.plans_checked)
+    except SpecError as error:
+        return str(error)
+    reason = why_invalid(plans[0], spec, arch)
+    if reason is not None:
+        return reason
     packed = ladder.lookup(spec, workload, arch, paths.pack_layers())
-    return list(dict.fromkeys([*plans, *([packed.plan] if packed else [])]))
+    known = [packed.plan] if packed and packed.plan.backend == backend else []
+    return list(dict.fromkeys([*plans, *known]))
 
 
 def _job(session: Session, spec: KernelSpec, plan: Plan) -> Proof:
@@ -119,7 +143,7 @@ def run_tests(session: Session) -> Answer:
         return session.label({"skipped": "pytest is not installed here"})
     files = [str(path) for path in sorted((CHECKOUT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", *files]
-    return session.label(_ran(command, seconds=240))
+    return session.label(_ran(command, seconds=900 if session.is_rehearsal else 240))
 
 
 def sanitize(session: Session, tool: str) -> Answer:
@@ -127,7 +151,7 @@ def sanitize(session: Session, tool: str) -> Answer:
     sample = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
     program = shutil.which("compute-sanitizer")
     if session.is_rehearsal:
-        return session.label(_ran([*sample, "--rehearse"], seconds=120))
+        return session.label(_ran([*sample, "--rehearse"], seconds=900))
     if program is None:
         return session.label({"skipped": "compute-sanitizer is not on the PATH"})
     return session.label(_ran([program, "--tool", tool, "--error-exitcode", "9", *sample], seconds=240))
