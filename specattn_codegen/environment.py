@@ -10,6 +10,7 @@ import torch
 
 from specattn_codegen.arch import Arch, Vendor
 from specattn_codegen.build import cpu
+from specattn_codegen.errors import BuildError
 from specattn_codegen.plan import Backend
 
 
@@ -64,7 +65,12 @@ def device_name(arch: Arch) -> str:
 
 def compiler_version(backend: Backend) -> str:
     """Raises BuildError where the backend has no compiler on this machine."""
-    return cpu.compiler_version() if backend == "cpu" else f"triton {metadata.version('triton')}"
+    if backend == "cpu":
+        return cpu.compiler_version()
+    try:
+        return f"{backend} {metadata.version(backend)}"
+    except metadata.PackageNotFoundError as error:
+        raise BuildError(f"{backend} is not installed; `pip install {backend}`, or use another --backend") from error
 
 
 def own_version() -> str:

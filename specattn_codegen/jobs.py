@@ -21,6 +21,10 @@ from specattn_codegen.prove import ON_DEVICE, Extent, prove
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, Workload
 
+CROSS_COMPILERS = {
+    "triton": "specattn_codegen.build.cross_compile",
+    "tilelang": "specattn_codegen.build.tilelang_compile",
+}
 # The interpreter takes milliseconds a block, so a proof in it is in parts, each small where the others are large.
 INTERPRETED_SELECTION = Extent(keys=300, ragged=130, rows=1)
 ALL_HEADS = Extent(keys=0, ragged=40, rows=2)
@@ -38,8 +42,8 @@ class CompileJob:
     arch: Arch
 
     def run(self) -> Outcome:
-        # Triton's compiler is imported here, so that a CPU user never pays for it.
-        compiler = importlib.import_module("specattn_codegen.build.cross_compile")
+        # A GPU's compiler is imported here, so that a CPU user never pays for it.
+        compiler = importlib.import_module(CROSS_COMPILERS[self.plan.backend])
         resources = compiler.cross_compile(render_for(self.spec, self.plan, self.arch), self.arch)
         reason = cost_model.why_unfit(resources, self.arch)
         status = Status.OK if reason is None else Status.INVALID

@@ -31,6 +31,8 @@ from specattn_codegen.workforce import Pool, Workforce
 
 BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
 SEARCH_SHARE = 0.6  # of a task's time; the rest is for proofs
+# Without a GPU only Triton's kernels are proved; others are compiled, ranked and recorded, and no pack takes them.
+INTERPRETED = ("triton",)
 # Predictions this close count as equal: the plan that takes less of the processor wins, and the default stays.
 MODEL_ERROR = 0.02
 
@@ -157,6 +159,8 @@ def prove_winners(
     pool: Pool,
 ) -> None:
     """A winner that fails its proof is dropped and the next best takes its place, until all stand or time ends."""
+    if target.backend not in INTERPRETED:
+        return
     standing = dict(compiled)
     while not budget.is_spent:
         winners = {workload: choose(task, workload, standing, target) for workload in task.workloads}

@@ -29,7 +29,10 @@ def verify(score: ScoreSpec | None, heads: HeadConfig = LLAMA) -> KernelSpec:
 
 
 # sm_80 and sm_90a with what differs most between them; benchmarks/results holds every target.
-SAMPLE = {"a100": verify(None), "h100": verify(ScoreSpec())}
+SAMPLE = {
+    "a100": KernelSpec(op="sparse_attention", heads=LLAMA, dtype="bfloat16", page_size=16, selection="layer"),
+    "h100": verify(ScoreSpec()),
+}
 
 
 @needs_nvcc
@@ -47,7 +50,7 @@ def test_default_plans_compile_and_fit(name: str) -> None:
         assert taken.smem_bytes <= arch.smem_per_block, taken
         assert taken.binary_bytes > 1000, taken
         assert taken.num_warps == 4, taken
-    estimate = space.tilelang.smem_bytes(plan, spec)
+    estimate = space.tilelang.smem_bytes(plan, spec, arch)
     assert 0.9 * resources[0].smem_bytes <= estimate <= 1.1 * resources[0].smem_bytes
     folder = tilelang_compile.compiled_folder(source, arch)
     assert {file.name for file in folder.iterdir()} == {
@@ -86,7 +89,7 @@ def test_a_missing_compiler_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_
         (dataclasses.replace(verify(None), kv_dtype="float8_e4m3"), "reads caches of the queries' type"),
         (verify(ScoreSpec(histogram=True)), "scores of tokens without histogram"),
         (verify(None, HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=40)), "multiples of 16"),
-        (KernelSpec(op="select_kv", heads=LLAMA, selection="kv_head"), "serves verify_attention"),
+        (KernelSpec(op="select_kv", heads=LLAMA, selection="kv_head"), "serves verify_attention and sparse_attention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

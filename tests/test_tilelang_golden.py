@@ -32,6 +32,10 @@ CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
         ),
         {},
     ),
+    "sparse_attention": (
+        KernelSpec(op="sparse_attention", heads=HEADS, dtype="bfloat16", page_size=16, selection="kv_head"),
+        {},
+    ),
     "verify_attention_logits": (
         dataclasses.replace(
             _verify(ScoreSpec(rows="ends", value="logit")), heads=dataclasses.replace(HEADS, window=4096)

@@ -18,7 +18,7 @@ from specattn_codegen.spec import ScoreSpec
 pytest.importorskip("tilelang", reason="TileLang is not installed")
 
 from specattn_codegen.build import tilelang_twin
-from tilelang_cases import SMALL, plan_for, run, twin, verdict, verify_spec
+from tilelang_cases import SMALL, plan_for, run, sparse_spec, twin, verdict, verify_spec
 
 # No rows, no keys, padding, rows before every key, one key, several tiles and pages, a tile that ends on a page.
 Q_LENS, KV_LENS = [3, 0, 1, 2, 1, 5, 2], [100, 40, 64, 1, -3, 33, 0]
@@ -66,6 +66,26 @@ def test_every_page_size_and_layout(page_size: int) -> None:
         )
         result = verdict(kernel, problem)
         assert result.passed, (layout, result.detail)
+
+
+def test_drafting_equals_the_oracle() -> None:
+    kernel = twin(sparse_spec(SMALL))
+    for seed, layout in enumerate(get_args(Layout)):
+        problem = attention_problem(
+            kernel.spec, q_lens=Q_LENS, kv_lens=[300, *KV_LENS[1:]], page_size=16, seed=seed, layout=layout, budget=90
+        )
+        result = verdict(kernel, problem)
+        assert result.passed, (layout, result.detail)
+
+
+def test_every_head_feature_drafts_with_one_selection_a_layer() -> None:
+    heads = dataclasses.replace(SMALL, v_head_dim=48, window=20, softcap=8.0, sinks=True)
+    kernel = twin(sparse_spec(heads, "layer"), split_keys=512, ctas_per_sm=1)
+    problem = attention_problem(
+        kernel.spec, q_lens=[3, 1, 2, 1], kv_lens=[1070, 64, 1, 0], page_size=16, seed=6, budget=700
+    )
+    result = verdict(kernel, problem)
+    assert result.passed, result.detail
 
 
 def test_outputs_are_the_same_with_and_without_scores() -> None:

@@ -14,7 +14,7 @@ from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.render import render
 from specattn_codegen.space.tilelang import score_method
-from specattn_codegen.spec import KernelSpec, ScoreSpec
+from specattn_codegen.spec import KernelSpec, ScoreHeads, ScoreSpec
 
 SMALL = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
 SMS = 4  # multiprocessors the twin stands for: enough that small problems are split
@@ -22,6 +22,10 @@ SMS = 4  # multiprocessors the twin stands for: enough that small problems are s
 
 def verify_spec(heads: HeadConfig, score: ScoreSpec | None = None, page_size: int = 16) -> KernelSpec:
     return KernelSpec(op="verify_attention", heads=heads, dtype="float16", page_size=page_size, score=score)
+
+
+def sparse_spec(heads: HeadConfig, selection: ScoreHeads = "kv_head") -> KernelSpec:
+    return KernelSpec(op="sparse_attention", heads=heads, dtype="float16", page_size=16, selection=selection)
 
 
 def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:

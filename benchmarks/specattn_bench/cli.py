@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from specattn_bench import dispatch, mixed, reference, search, selection, sparse, sweep, verify
+from specattn_bench import dispatch, mixed, reference, resources, search, selection, sparse, sweep, verify
 from specattn_codegen.cli import console
 
 QUESTIONS: tuple[click.Command, ...] = (
@@ -16,6 +16,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     sweep.command,
     search.command,
     dispatch.command,
+    resources.command,
 )
 HELP = """How fast are the kernels, beside what else there is and beside what this machine can do at all?
 

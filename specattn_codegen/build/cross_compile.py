@@ -57,6 +57,19 @@ def _compile_all(source: Source, arch: Arch) -> tuple[Resources, ...]:
         )
 
 
+def binary_of(source: Source, arch: Arch, name: str) -> bytes:
+    """Machine code of one device function, by its name in the template. Raises BuildError."""
+    kernels: dict[JITFunction, dict[str, int]] = import_source(source).KERNELS
+    with tempfile.TemporaryDirectory() as scratch, knobs.cache.scope():
+        knobs.cache.dir = scratch
+        (binary,) = (
+            _compile(kernel, options, arch).asm["cubin" if arch.vendor == "nvidia" else "hsaco"]
+            for kernel, options in kernels.items()
+            if kernel.__name__ == name
+        )
+    return binary
+
+
 def target_of(arch: Arch) -> GPUTarget:
     if arch.vendor == "nvidia":
         return GPUTarget("cuda", arch.compute_capability, arch.warp_size)

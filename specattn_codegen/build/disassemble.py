@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from triton import knobs
 
 from specattn_codegen.errors import BuildError
 
@@ -40,6 +44,21 @@ def cubin_usage(cubin: Path, kernel: str, cuobjdump: str) -> Usage:
         spill_bytes=_field(r"STACK:(\d+)", usage, "STACK"),
         smem_bytes=_field(r"SHARED:(\d+)", usage, "SHARED"),
     )
+
+
+def cuobjdump_path() -> str:
+    """NVIDIA's disassembler: on the PATH, or the one that comes with Triton."""
+    return shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
+
+
+def sass_opcodes(cubin: Path) -> Counter[str]:
+    """How often each opcode, modifiers included, stands in an NVIDIA binary. Raises BuildError."""
+    command = [cuobjdump_path(), "-sass", str(cubin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        raise BuildError(f"cuobjdump failed: {listing.stderr.strip() or listing.stdout.strip()}")
+    # One instruction a line: its address, perhaps a predicate, its opcode.
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing.stdout, re.MULTILINE))
 
 
 def amdgcn_usage(assembly: str) -> Usage:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from specattn_codegen import gpu_detect
+from specattn_codegen.build import cubin
+from specattn_codegen.build.module import import_source
 from specattn_codegen.errors import BuildError
 from specattn_codegen.kernel import AttentionCall, Call
 from specattn_codegen.plan import Plan
+from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
 Functions = Mapping[str, Callable[..., None]]
@@ -60,3 +67,35 @@ def _attention_call(spec: KernelSpec, call: Call) -> AttentionCall:
     if not isinstance(call, AttentionCall):
         raise TypeError(f"{spec.op} takes an AttentionCall")
     return call
+
+
+def load(source: Source) -> AttentionKernel:
+    """A kernel for the NVIDIA GPU at hand. Raises BuildError where there is none, or no TileLang or nvcc."""
+    if not torch.cuda.is_available():
+        raise BuildError("TileLang kernels need an NVIDIA GPU and this process sees none; use --backend cpu")
+    require_installed()
+    module = import_source(source)
+    return AttentionKernel(
+        spec=source.spec,
+        plan=source.plan,
+        module=module,
+        arguments=tuple(inspect.signature(module.launch).parameters),
+        functions=functools.cache(functools.partial(_loaded, source)),
+        num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+
+
+def _loaded(source: Source, vector: int) -> Functions:
+    # TileLang is imported where a kernel is compiled, so that nobody else pays for it.
+    compiler = importlib.import_module("specattn_codegen.build.tilelang_compile")
+    folder = compiler.compiled_folder(source, gpu_detect.local(), vector)
+    return {
+        binary.name: cubin.load(
+            (folder / f"{binary.name}.cubin").read_bytes(),
+            binary.symbol,
+            binary.parameters,
+            binary.threads,
+            binary.smem_bytes,
+        )
+        for binary in compiler.read_manifest(folder)
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import msgspec
 from tilelang import env
-from triton import knobs
 
 from specattn_codegen import paths
 from specattn_codegen.arch import Arch
-from specattn_codegen.build.disassemble import cubin_usage
+from specattn_codegen.build.disassemble import cubin_usage, cuobjdump_path
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.build.store import publish
 from specattn_codegen.build.tilelang_lower import Lowered, lower_for_cuda
@@ -90,6 +88,11 @@ def cross_compile(source: Source, arch: Arch) -> tuple[Resources, ...]:
     return tuple(binary.resources for binary in read_manifest(compiled_folder(source, arch)))
 
 
+def binary_of(source: Source, arch: Arch, name: str) -> bytes:
+    """Machine code of one device function, by its name in the template. Raises BuildError."""
+    return (compiled_folder(source, arch) / f"{name}.cubin").read_bytes()
+
+
 def _compile(lowered: Lowered, arch: Arch, folder: Path) -> Binary:
     text, cubin = folder / f"{lowered.name}.cu", folder / f"{lowered.name}.cubin"
     text.write_text(lowered.text)
@@ -102,7 +105,7 @@ def _compile(lowered: Lowered, arch: Arch, folder: Path) -> Binary:
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
         raise BuildError(f"{lowered.name} does not compile for {arch.name}: {reason}")
-    usage = cubin_usage(cubin, lowered.symbol, shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path)
+    usage = cubin_usage(cubin, lowered.symbol, cuobjdump_path())
     resources = Resources(
         kernel=lowered.name,
         registers=usage.registers,

@@ -50,7 +50,7 @@ Examples:
 @click.option("--trials", type=int, help="Plans tried per search. [16 where modelled, 12 where measured]")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [the only one the processor has]")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [cpu or triton]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of packs. [the user's own]")
 @click.option("--list-models", is_flag=True, help="Print every registered model and stop.")
 @click.option("--list-gpus", is_flag=True, help="Print every known GPU and stop.")
@@ -162,6 +162,8 @@ def tune_all(
         f"{named} on {target.arch.name} ({how}), {kv_dtype or dtype}, at most {budget.trials} trials a search",
         markup=False,
     )
+    if target.backend == "tilelang" and not target.is_present:
+        screen.print("TileLang is proved on a GPU only: what is found is recorded, and no pack takes it", markup=False)
     started = time.monotonic()
     progress = TuningProgress(screen, sum(map(len, searches)))
     try:

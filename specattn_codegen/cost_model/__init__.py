@@ -1,4 +1,4 @@
-"""Cost model: predicts a Triton plan's time on an absent GPU from its binary. It ranks plans and proves no speed."""
+"""Cost model: predicts a GPU plan's time on an absent GPU from its binary. It ranks plans and proves no speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specattn_codegen.cost_model.selection import selection_launches
 from specattn_codegen.cost_model.traffic import bytes_moved
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
-from specattn_codegen.space import triton
+from specattn_codegen.space import tilelang, triton
 from specattn_codegen.spec import KernelSpec, Workload
 
 __all__ = ["Prediction", "Residency", "Term", "floor_us", "guess_resources", "predict", "why_unfit"]
@@ -26,8 +26,8 @@ def predict(
     spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
 ) -> Prediction:
     """Predicted time of one call, one term per launch and one for the launches themselves."""
-    if plan.backend != "triton" or not arch.is_gpu:
-        raise SpecError(f"the cost model knows Triton on GPUs, not {plan.backend} on {arch.name}; measure it instead")
+    if plan.backend == "cpu" or not arch.is_gpu:
+        raise SpecError(f"the cost model knows GPUs, not {plan.backend} on {arch.name}; measure it instead")
     if spec.op == "select_kv":
         launches = selection_launches(spec, workload, plan, arch, resources[0])
     else:
@@ -49,8 +49,9 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
     """What the binary may take, before there is one: decides which plans are worth compiling first, nothing else."""
     if spec.op == "select_kv":
         return (_guess("select_rows", registers=64, smem_bytes=4 * 2 ** plan.integer("radix_bits"), plan=plan),)
-    registers = min(255, triton.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
-    attend = _guess("attend_splits", registers=registers, smem_bytes=triton.smem_bytes(plan, spec, arch), plan=plan)
+    tiles = tilelang if plan.backend == "tilelang" else triton
+    registers = min(255, tiles.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
+    attend = _guess("attend_splits", registers=registers, smem_bytes=tiles.smem_bytes(plan, spec, arch), plan=plan)
     others = tuple(
         Resources(kernel=name, registers=64, spill_bytes=0, smem_bytes=16384, num_warps=4, binary_bytes=0)
         for name in (("merge_splits", "score_keys") if spec.score else ("merge_splits",))

@@ -11,6 +11,7 @@ from specattn_codegen.plan import Plan
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
+SERVED = ("verify_attention", "sparse_attention")
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
@@ -46,8 +47,8 @@ def score_method(score: ScoreSpec) -> str:
 
 def why_unserved(spec: KernelSpec) -> str | None:
     """What these templates do not serve, with the nearest thing that is."""
-    if spec.op != "verify_attention":
-        return f"{spec.op}: TileLang serves verify_attention so far; use backend triton"
+    if spec.op not in SERVED:
+        return f"{spec.op}: TileLang serves {' and '.join(SERVED)}; use backend triton, or cpu"
     if spec.dtype == "float32":
         return "dtype=float32: TileLang's products of float32 round to TF32; use float16 or bfloat16, or backend triton"
     if spec.is_float8:
@@ -70,7 +71,7 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
     if not plans:
         raise SpecError(f"head_dim={spec.heads.head_dim}: no TileLang tile of it fits {arch.name}; use at most 256")
-    roomy = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec) <= arch.smem_per_sm)
+    roomy = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm)
     return next(roomy, plans[-1])
 
 
@@ -80,7 +81,7 @@ def batch_invariant(plan: Plan) -> Plan:
 
 
 def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
-    packed = EXPECTED_ROWS * spec.heads.group
+    packed = spec.heads.group * (EXPECTED_ROWS if spec.op == "verify_attention" else 1)
     block_ms = [block_m for block_m in (64, 32, 16) if block_m == WARP_ROWS or block_m // 2 < packed]
     for block_m, block_n, num_stages in itertools.product(block_ms, (64, 32), (2, 1)):
         plan = Plan.of(
@@ -97,7 +98,7 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
         yield plan
 
 
-def smem_bytes(plan: Plan, spec: KernelSpec) -> int:
+def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001 - as for Triton
     """Shared memory of the main loop: tiles of keys and values, the queries, and weights that warps share."""
     block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
     dims = spec.heads.head_dim + spec.heads.v_head_dim
@@ -129,7 +130,7 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
         return f"num_warps={num_warps} cannot share {block_n} keys and v_head_dim={spec.heads.v_head_dim}; use fewer"
     if block_m > WARP_ROWS * num_warps:
         return f"num_warps={num_warps} have more than one block of {WARP_ROWS} rows each; use more"
-    needed = smem_bytes(plan, spec)
+    needed = smem_bytes(plan, spec, arch)
     if needed > arch.smem_per_block:
         return f"tiles need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
     registers = accumulator_registers(plan, spec, arch)

@@ -1,0 +1,43 @@
+"""TileLang on a GPU: every plan that a CPU can only compile is proved here, by `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specattn_codegen import build, gpu_detect, space
+from specattn_codegen.errors import BuildError
+from specattn_codegen.prove import ON_DEVICE, prove
+from specattn_codegen.render import render
+from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+
+pytest.importorskip("tilelang", reason="TileLang is not installed")
+
+from tilelang_cases import SMALL, plan_for, sparse_spec, verify_spec
+
+WORKLOAD = Workload(batch=1, q_len=5, kv_len=2500, budget=256)
+SPECS = (
+    verify_spec(SMALL),
+    verify_spec(SMALL, ScoreSpec()),
+    verify_spec(SMALL, ScoreSpec(rows="ends", heads="layer")),
+    verify_spec(SMALL, ScoreSpec(normaliser="reference")),
+    sparse_spec(SMALL),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernels_equal_the_oracle(spec: KernelSpec) -> None:
+    arch = gpu_detect.local()
+    for plan in (space.default_plan(spec, arch, "tilelang"), plan_for(spec)):
+        kernel = build.load(render(spec, plan, "tilelang"))
+        result = prove(kernel, workload=WORKLOAD, page_size=16, seed=1, device="cuda", extent=ON_DEVICE)
+        assert result.passed, (plan, result.detail)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_nothing_is_loaded() -> None:
+    spec = SPECS[0]
+    with pytest.raises(BuildError, match="need an NVIDIA GPU"):
+        build.load(render(spec, plan_for(spec), "tilelang"))
