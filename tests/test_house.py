@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmarks.gpu
 import specattn_bench
 import specattn_codegen
 import specattn_runtime
 
 BENCH = Path(specattn_bench.__file__).parent
+GPU = Path(benchmarks.gpu.__file__).parent
 CODEGEN = Path(specattn_codegen.__file__).parent
 RUNTIME = Path(specattn_runtime.__file__).parent
 TUNER = {
@@ -40,7 +42,7 @@ def test_codegen_never_imports_the_runtime() -> None:
 def test_nothing_that_is_measured_imports_the_benchmarks() -> None:
     for package in (CODEGEN, RUNTIME):
         for file in package.rglob("*.py"):
-            assert not any(name.startswith("specattn_bench") for name in imported_modules(file)), file
+            assert not any(name.startswith(("specattn_bench", "benchmarks")) for name in imported_modules(file)), file
 
 
 def test_the_runtime_never_imports_the_tuner() -> None:
@@ -51,7 +53,7 @@ def test_the_runtime_never_imports_the_tuner() -> None:
 
 
 def test_imports_are_absolute_and_at_the_top() -> None:
-    for package in (CODEGEN, RUNTIME, BENCH):
+    for package in (CODEGEN, RUNTIME, BENCH, GPU):
         for file in package.rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom):
@@ -73,7 +75,7 @@ def test_importing_the_runtime_loads_no_tuner_and_no_gpu_compiler() -> None:
 
 
 def test_only_paths_reads_the_projects_environment() -> None:
-    for package in (CODEGEN, RUNTIME, BENCH):
+    for package in (CODEGEN, RUNTIME, BENCH, GPU):
         for file in package.rglob("*.py"):
             if file.name != "paths.py":
                 assert 'SPECATTN_CACHE_DIR"]' not in file.read_text(), file
