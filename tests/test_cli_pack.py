@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pack_cases import ARCH, HEADS, LARGE, SCORED, SELECT, SMALL, VERIFY, entry, publish
-from specattn_codegen import gpus, ladder, pack, pack_file, pack_merge
+from specattn_codegen import gpus, ladder, pack, pack_file, pack_merge, paths
 from specattn_codegen.cli import pack as cli
 from specattn_codegen.environment import silicon
 from specattn_codegen.explain import neighbours
@@ -217,7 +217,10 @@ def test_only_what_still_holds_is_promoted(run: Run, tmp_path: Path, user: Path)
     assert "none of its 1 entries may go" in err
 
 
-def test_an_explanation_names_rung_plan_source_and_differences(run: Run, user: Path) -> None:
+def test_an_explanation_names_rung_plan_source_and_differences(
+    run: Run, user: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(paths, "shipped_packs_dir", lambda: tmp_path / "nothing ships")
     publish(user, entry(), entry(SCORED), arch=gpus.find("h100-pcie"))
     asked = ("explain", "--heads", "32,8,128", "--gpu", "h100-pcie", "--batch", "4")
     code, out, _ = run(*asked)

@@ -34,7 +34,7 @@ Examples:
 LIMITS_US = {"import": 300e3, "first": 20.0, "hit": 2.0}
 
 FRESH = """
-import json, time, timeit, torch
+import json, statistics, time, timeit, torch
 def timed(run):
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
@@ -53,8 +53,9 @@ kernels.prepare(max_q=8, max_kv=32768)
 (spec, _), = kernels.rungs
 look_up = lambda: kernels._kernel(spec, 1, 7, 30000, 0)
 calls = 2000
-hits = [time / calls * 1e6 for time in timeit.repeat(look_up, number=calls, repeat=25)]
-hit = {"wall": sorted(hits)[len(hits) // 2], "cpu": min(hits)}
+def typical(timer):
+    return statistics.median(timeit.repeat(look_up, timer=timer, number=calls, repeat=25)) / calls * 1e6
+hit = {"wall": typical(time.perf_counter), "cpu": typical(time.process_time)}
 print(json.dumps({"import": imported, "load": loaded, "first": first, "hit": hit}))
 """
 
