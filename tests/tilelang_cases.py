@@ -34,7 +34,7 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
         "block_m": 16,
         "block_n": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 2 if spec.op == "verify_attention" else 1,
         "ctas_per_sm": 8,
         "split_keys": 0,
     }

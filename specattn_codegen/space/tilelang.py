@@ -23,7 +23,8 @@ WARP_KEYS = 8
 def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     """Tiles, warps and buffers, and where a request's keys are split: the same words as Triton's.
 
-    num_stages    1 reads a tile of keys when it is needed; 2 refills each buffer as soon as it has been used
+    num_stages    1 reads a tile of keys when it is needed; 2 refills each buffer as soon as it has been used, which
+                  TileLang 0.1.15 cannot order where the positions of keys are computed on the way
     score_method  dump: attend_splits keeps its weights for score_keys; fused: it averages over its rows at once, which
                   needs no log-sum-exp of its own rows
     """
@@ -31,7 +32,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (32, 64, 128)),
         Axis("num_warps", (4, 8)),
-        Axis("num_stages", (1, 2)),
+        Axis("num_stages", (1, 2) if spec.op == "verify_attention" else (1,)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
         Axis("split_keys", (0, *SPLIT_KEYS)),
     )
@@ -83,7 +84,8 @@ def batch_invariant(plan: Plan) -> Plan:
 def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
     packed = spec.heads.group * (EXPECTED_ROWS if spec.op == "verify_attention" else 1)
     block_ms = [block_m for block_m in (64, 32, 16) if block_m == WARP_ROWS or block_m // 2 < packed]
-    for block_m, block_n, num_stages in itertools.product(block_ms, (64, 32), (2, 1)):
+    stages = (2, 1) if spec.op == "verify_attention" else (1,)
+    for block_m, block_n, num_stages in itertools.product(block_ms, (64, 32), stages):
         plan = Plan.of(
             "tilelang",
             block_m=block_m,

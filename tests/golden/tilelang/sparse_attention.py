@@ -153,7 +153,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             T.clear(acc)
             T.fill(row_max, -T.infinity("float32"))
             T.clear(row_sum)
-            for step in T.Pipelined(T.truncdiv(places + BLOCK_N - 1, BLOCK_N), num_stages=1):
+            for step in T.Pipelined(T.truncdiv(places + BLOCK_N - 1, BLOCK_N), num_stages=0):
                 for n in T.Parallel(BLOCK_N):
                     place = T.min(begin + step * BLOCK_N + n, end - 1)
                     index = T.if_then_else(place < selected, indices[row_offset + T.truncdiv(place, keys_of_index)], 0)
