@@ -43,17 +43,23 @@ REHEARSED_ON = gpus.find("h200")  # whose plans the interpreter runs
 
 
 def steps(session: Session) -> Steps:
-    workers = min(MOST_WORKERS, max(1, cpu_info.core_count() - 1))
-    variables = {"OMP_NUM_THREADS": "1"}
-    with WorkerPool[Proof](size=workers, deadline_s=PROOF_SECONDS, environment=variables) as pool:
-        for name, heads in session.sizes.heads.items():
-            for dtype in session.sizes.dtypes:
-                specs = _specs(session, heads, dtype)
-                run = functools.partial(prove_all, session, pool, specs)
-                yield Step(key=f"correctness/{name}/{dtype}", seconds=45, run=run)
+    """The dtype that is served before the others."""
+    first, *others = session.sizes.dtypes
+    yield from _proofs(session, [first])
     yield Step(key="correctness/pytest", seconds=60, run=functools.partial(run_tests, session))
     for tool in session.sizes.sanitizers:
         yield Step(key=f"correctness/{tool}", seconds=75, run=functools.partial(sanitize, session, tool))
+    yield from _proofs(session, others)
+
+
+def _proofs(session: Session, dtypes: Sequence[Dtype]) -> Steps:
+    workers = min(MOST_WORKERS, max(1, cpu_info.core_count() - 1))
+    variables = {"OMP_NUM_THREADS": "1"}
+    with WorkerPool[Proof](size=workers, deadline_s=PROOF_SECONDS, environment=variables) as pool:
+        for dtype in dtypes:
+            for name, heads in session.sizes.heads.items():
+                run = functools.partial(prove_all, session, pool, _specs(session, heads, dtype))
+                yield Step(key=f"correctness/{name}/{dtype}", seconds=45, run=run)
 
 
 def _specs(session: Session, heads: HeadConfig, dtype: Dtype) -> list[KernelSpec]:
