@@ -14,6 +14,7 @@ from specattn_codegen import shared_study, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.plan import Backend, Plan, Setting
 from specattn_codegen.shared_study import Share
+from specattn_codegen.space import Axis
 from specattn_codegen.spec import KernelSpec
 
 Sampler = Literal["tpe", "gp", "cmaes", "random", "grid"]
@@ -51,6 +52,23 @@ class Strategy:
     share: Share | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """What is searched: the axes, the plan that comes first, and every feasible plan in the order of the axes."""
+
+    axes: tuple[Axis, ...]
+    default: Plan
+    feasible: tuple[Plan, ...]
+
+
+def space_of(spec: KernelSpec, arch: Arch, backend: Backend) -> Searched:
+    return Searched(
+        axes=space.axes(spec, backend),
+        default=space.default_plan(spec, arch, backend),
+        feasible=tuple(space.feasible(spec, arch, backend)),
+    )
+
+
 class Search:
     """Proposes each feasible plan at most once, `trials` of them at most: the default, then the seeds, then what the
     sampler makes of the values told. A space no larger than `trials` is simply swept.
@@ -62,19 +80,15 @@ class Search:
 
     def __init__(
         self,
-        spec: KernelSpec,
-        arch: Arch,
-        backend: Backend,
+        searched: Searched,
         *,
         seeds: Sequence[Plan],
         strategy: Strategy,
     ) -> None:
-        self._backend: Backend = backend
-        every = space.axes(spec, backend)
-        self._fixed_settings = {axis.name: axis.values[0] for axis in every if len(axis.values) == 1}
-        self._axes = [axis for axis in every if len(axis.values) > 1]
-        default = space.default_plan(spec, arch, backend)
-        feasible = list(space.feasible(spec, arch, backend))
+        default, feasible = searched.default, searched.feasible
+        self._backend: Backend = default.backend
+        self._fixed_settings = {axis.name: axis.values[0] for axis in searched.axes if len(axis.values) == 1}
+        self._axes = [axis for axis in searched.axes if len(axis.values) > 1]
         self._untried = dict.fromkeys((default, *seeds, *feasible))
         self._budget = min(strategy.trials, len(self._untried))
         self._first = [default, *(plan for plan in dict.fromkeys(seeds) if plan != default)]
@@ -169,7 +183,7 @@ class Search:
 
     def _take(self, trial: optuna.Trial) -> Plan | None:
         plan = self._plan_of(trial.params)
-        if plan not in self._untried or (self._share is not None and self._is_second(trial, plan)):
+        if plan not in self._untried or (self._share is not None and self._is_too_late(trial, plan)):
             self._refuse(trial, self._known.get(plan))
             return None
         del self._untried[plan]
@@ -212,12 +226,15 @@ class Search:
         is_whole = len(trial.params) == len(self._axes)
         return is_whole and trial.state != TrialState.FAIL and not trial.user_attrs.get(shared_study.REFUSED)
 
-    def _is_second(self, mine: optuna.Trial, plan: Plan) -> bool:
-        """Whether another process asked for the same plan first; of those at once the lowest number has it."""
-        return any(
-            trial.number < mine.number and self._counts(trial) and self._plan_of(trial.params) == plan
+    def _is_too_late(self, mine: optuna.Trial, plan: Plan) -> bool:
+        """Whether others took the same plan, or the last of the trials, first: of those who ask at once the lowest
+        number has it."""
+        earlier = {
+            self._plan_of(trial.params)
             for trial in self._study.get_trials(deepcopy=False)
-        )
+            if trial.number < mine.number and self._counts(trial)
+        }
+        return plan in earlier or len(earlier) >= self._budget
 
 
 def _evenly(plans: Sequence[Plan], count: int) -> list[Plan]:

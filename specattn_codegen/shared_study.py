@@ -5,9 +5,11 @@ A trial under way belongs to a worker. One whose worker is gone is marked as fai
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -74,6 +76,18 @@ def _start_of(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else fields[19]
+
+
+@contextlib.contextmanager
+def storage_at(url: str) -> Iterator[BaseStorage]:
+    """As open_storage, with its connections closed at the end."""
+    storage = open_storage(url)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        if isinstance(storage, RDBStorage):
+            storage.engine.dispose()
 
 
 def open_storage(url: str) -> BaseStorage:

@@ -14,10 +14,9 @@ LEAST_DIFFERENCES = 2  # settings in which a plan differs from the ones before i
 
 
 def ranked(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> list[Plan]:
-    """Every feasible plan, the best by its guessed resources first; in the order of the axes where there is no
-    model of the backend."""
+    """Every feasible plan, the best by its guessed resources first; in the order of the axes without a model."""
     plans = list(space.feasible(spec, arch, backend))
-    if backend != "triton":
+    if not cost_model.covers(spec, backend):
         return plans
     times = {
         plan: cost_model.predict(spec, workload, plan, arch, cost_model.guess_resources(spec, plan, arch)).latency_us

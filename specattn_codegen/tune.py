@@ -13,7 +13,7 @@ from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
 from specattn_codegen.measure import POLICY
 from specattn_codegen.pack import Entry
-from specattn_codegen.search import Sampler, Search, Strategy
+from specattn_codegen.search import Sampler, Search, Strategy, space_of
 from specattn_codegen.shared_study import Share, worker_name
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import space_digest
@@ -74,7 +74,7 @@ def tune(
             share = Share(storage=method.storage, name=study_name(task, target), worker=worker_name())
         strategy = Strategy(sampler=method.sampler, trials=budget.trials, seed=budget.seed, share=share)
         found = seeds.seeds_for(task, target, (out, *paths.pack_layers()))
-        return Search(task.spec, target.arch, target.backend, seeds=found, strategy=strategy)
+        return Search(space_of(task.spec, target.arch, target.backend), seeds=found, strategy=strategy)
 
     strategy = tune_measured if target.is_present else tune_modelled
     strategy(tasks, target, budget, logbook, listener, publish, search_for, method.workforce)

@@ -153,7 +153,7 @@ class Logbook:
     """Trials of one HeadConfig on one processor: what is recorded already is not run again."""
 
     target: Target
-    path: Path
+    path: Path | None  # None where nothing is written
     environment: Environment
     known: dict[Identity, Record] = field(default_factory=dict)
     offences: Counter[tuple[str, str, str] | None] = field(default_factory=Counter)
@@ -203,7 +203,8 @@ class Logbook:
             trial, blank = waiting[job]
             predicted_us = predict(trial, outcome) if predict else {}
             finished = dataclasses.replace(blank, outcome=outcome, predicted_us=predicted_us)
-            record.append(self.path, finished)
+            if self.path is not None:
+                record.append(self.path, finished)
             fresh[finished.identity] = finished
             self._keep(finished)
         return [fresh.get(blank.identity) or self.known[blank.identity] for blank in blanks]

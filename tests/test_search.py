@@ -9,7 +9,7 @@ import pytest
 from specattn_codegen import gpus, space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import Search, Strategy
+from specattn_codegen.search import Search, Strategy, space_of
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
 ARCH = gpus.find("h100")
@@ -37,7 +37,8 @@ def explore(search: Search, batch: int = 1) -> list[Plan]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_finds_the_best_of_thousands_in_a_hundred_and_tries_nothing_twice(seed: int) -> None:
     plans = explore(
-        Search(SCORED, ARCH, "triton", seeds=(), strategy=Strategy(sampler="tpe", trials=100, seed=seed)), batch=4
+        Search(space_of(SCORED, ARCH, "triton"), seeds=(), strategy=Strategy(sampler="tpe", trials=100, seed=seed)),
+        batch=4,
     )
     assert len(plans) == len(set(plans)) == 100
     assert all(space.why_invalid(plan, SCORED, ARCH) is None for plan in plans)
@@ -46,7 +47,7 @@ def test_finds_the_best_of_thousands_in_a_hundred_and_tries_nothing_twice(seed: 
 
 def test_the_default_comes_first_and_the_seeds_next() -> None:
     plans = explore(
-        Search(SCORED, ARCH, "triton", seeds=(BEST, BEST), strategy=Strategy(sampler="tpe", trials=5, seed=0))
+        Search(space_of(SCORED, ARCH, "triton"), seeds=(BEST, BEST), strategy=Strategy(sampler="tpe", trials=5, seed=0))
     )
     assert plans[:2] == [space.default_plan(SCORED, ARCH, "triton"), BEST]
     assert len(plans) == len(set(plans)) == 5
@@ -54,7 +55,9 @@ def test_the_default_comes_first_and_the_seeds_next() -> None:
 
 def test_equal_seeds_propose_equally() -> None:
     first, second, other = (
-        explore(Search(SCORED, ARCH, "triton", seeds=(), strategy=Strategy(sampler="tpe", trials=20, seed=seed)))
+        explore(
+            Search(space_of(SCORED, ARCH, "triton"), seeds=(), strategy=Strategy(sampler="tpe", trials=20, seed=seed))
+        )
         for seed in (7, 7, 8)
     )
     assert first == second != other
@@ -62,7 +65,7 @@ def test_equal_seeds_propose_equally() -> None:
 
 def test_a_small_space_is_swept_whole() -> None:
     feasible = set(space.feasible(SELECT, ARCH, "triton"))
-    search = Search(SELECT, ARCH, "triton", seeds=(), strategy=Strategy(sampler="tpe", trials=10_000, seed=0))
+    search = Search(space_of(SELECT, ARCH, "triton"), seeds=(), strategy=Strategy(sampler="tpe", trials=10_000, seed=0))
     seen: list[Plan] = []
     while plans := search.ask(3):
         seen.extend(plans)
@@ -74,7 +77,7 @@ def test_a_small_space_is_swept_whole() -> None:
 
 def test_every_plan_failing_still_ends_and_repeats_nothing() -> None:
     spec = dataclasses.replace(SELECT, selection="layer")
-    search = Search(spec, ARCH, "triton", seeds=(), strategy=Strategy(sampler="tpe", trials=20, seed=0))
+    search = Search(space_of(spec, ARCH, "triton"), seeds=(), strategy=Strategy(sampler="tpe", trials=20, seed=0))
     seen: list[Plan] = []
     while plans := search.ask(1):
         seen.extend(plans)

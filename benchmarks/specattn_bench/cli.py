@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from specattn_bench import dispatch, mixed, reference, resources, search, selection, sparse, sweep, verify
+from specattn_bench import dispatch, endurance, mixed, reference, resources, search, selection, sparse, sweep, verify
 from specattn_codegen.cli import console
 
 QUESTIONS: tuple[click.Command, ...] = (
@@ -14,6 +14,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     mixed.command,
     reference.command,
     sweep.command,
+    endurance.command,
     search.command,
     dispatch.command,
     resources.command,

@@ -12,15 +12,14 @@ from rich.table import Table
 
 from specattn_bench import report, sweep_cases
 from specattn_bench.sweep_cases import CASES, SearchCase, Sweep
-from specattn_codegen import cpu_info, space
+from specattn_codegen import cpu_info
 from specattn_codegen.arch import Arch
+from specattn_codegen.cost_model import predict
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import SAMPLERS, Sampler, Search, Strategy
-from specattn_codegen.seeds import model_seeds
-from specattn_codegen.shortlist import ranked
-from specattn_codegen.tune_session import Target, Task
+from specattn_codegen.search import SAMPLERS, Sampler, Search, Searched, Strategy
+from specattn_codegen.seeds import MODEL_SEEDS
 
 HELP = """Replays searches on the sweeps of this processor, which `specattn-bench sweep` made: nothing is timed.
 
@@ -70,16 +69,14 @@ def compare(
     """One answer a sampler, with the cost model's seeds and, for those that learn, without."""
     times, answers = sweep.times_us, list[dict[str, object]]()
     best = min(times.values())
-    task = Task(spec=case.spec, workloads=(case.workload,))
-    target = Target(arch=arch, backend="cpu", is_present=True, page_size=sweep_cases.PAGE_SIZE)
-    hints = model_seeds(task, target)
-    first = times[ranked(case.spec, case.workload, arch, "cpu")[0]]
+    order = sorted(times, key=lambda plan: predict(case.spec, case.workload, plan, arch, ()).latency_us)
+    first, hints = times[order[0]], order[:MODEL_SEEDS]
     for sampler in samplers:
         for seeded in (True, False):
             if seeded and sampler in ("random", "grid"):
                 continue
             curves = [
-                regrets(times, search(case, arch, sampler, hints if seeded else [], trials, seed))
+                regrets(times, search(sweep.space, sampler, hints if seeded else [], trials, seed))
                 for seed in range(seeds)
             ]
             answers.append(
@@ -103,11 +100,10 @@ def compare(
     return answers
 
 
-def search(case: SearchCase, arch: Arch, sampler: Sampler, hints: Sequence[Plan], trials: int, seed: int) -> Search:
-    feasible = sum(1 for _ in space.feasible(case.spec, arch, "cpu"))
+def search(searched: Searched, sampler: Sampler, hints: Sequence[Plan], trials: int, seed: int) -> Search:
     # One fewer than there are: a search that may try all of them sweeps, in the order of the axes.
-    strategy = Strategy(sampler=sampler, trials=min(trials, feasible - 1), seed=seed)
-    return Search(case.spec, arch, "cpu", seeds=hints, strategy=strategy)
+    strategy = Strategy(sampler=sampler, trials=min(trials, len(searched.feasible) - 1), seed=seed)
+    return Search(searched, seeds=hints, strategy=strategy)
 
 
 def regrets(times: Mapping[Plan, float], search: Search) -> list[float]:

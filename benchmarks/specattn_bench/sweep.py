@@ -45,6 +45,7 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     report.require_writable(path, "sweep")
     load = report.load_average()
     known = sweep_cases.read(path) if path.exists() else None
+    default = space.default_plan(case.spec, arch, "cpu")
     plans = list(space.feasible(case.spec, arch, "cpu"))
     kernels = {plan: build.load(render_for(case.spec, plan, arch)) for plan in plans}
     if known is None:
@@ -54,7 +55,7 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     times = {plan: list(known.rounds_us[plan]) if known else [] for plan in plans}
     header = {**report.header(f"sweep-{name}", arch, load), "case": to_plain(case), "calls": CALLS}
     if build_only:
-        sweep_cases.write(path, Sweep(header=header, rounds_us=times))
+        sweep_cases.write(path, Sweep(header=header, default=default, rounds_us=times))
         return
     calls = timed_calls(case.spec, case.workload, arch, page_size=PAGE_SIZE, seed=0)
     started = time.monotonic()
@@ -62,7 +63,7 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     for turn in range(first, first + rounds):
         for plan, median_us in one_round(kernels, calls, seed=turn):
             times[plan].append(median_us)
-    sweep = Sweep(header=header, rounds_us=times)
+    sweep = Sweep(header=header, default=default, rounds_us=times)
     sweep_cases.write(path, sweep)
     best = min(sweep.times_us.values())
     worst = max(sweep.times_us.values())
@@ -89,6 +90,6 @@ def one_round(kernels: dict[Plan, Kernel], calls: tuple[Call, ...], seed: int) -
     order = list(kernels)
     random.Random(seed).shuffle(order)
     for plan in order:
-        launch = rotating(kernels[plan], calls, "cpu")
+        (launch,) = rotating([kernels[plan]], calls, "cpu")
         launch()
         yield plan, summary([host_timer(launch) for _ in range(CALLS)]).median_us

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from specattn_bench import report
 from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.search import Searched
+from specattn_codegen.space import Axis
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.workloads import BUDGET, PILLAR_SCORES, VEGAS_SCORES
 
@@ -57,7 +59,17 @@ class Sweep:
     """Every feasible plan's times, in microseconds: one median a round, the rounds in the order they were made."""
 
     header: Mapping[str, object]
+    default: Plan
     rounds_us: Mapping[Plan, Sequence[float]]
+
+    @property
+    def space(self) -> Searched:
+        """The space as it was then, whatever it is today."""
+        plans = tuple(self.rounds_us)
+        names = [name for name, _ in plans[0].settings]
+        values = ({plan[name]: None for plan in plans} for name in names)
+        axes = (Axis(name, _ordered(found)) for name, found in zip(names, values, strict=True))
+        return Searched(axes=tuple(axes), default=self.default, feasible=plans)
 
     @property
     def times_us(self) -> dict[Plan, float]:
@@ -74,6 +86,12 @@ class Sweep:
         return statistics.median(spreads)
 
 
+def _ordered(found: Iterable[Setting]) -> tuple[Setting, ...]:
+    """Numbers by size, words in the order of the file, which is that of their axis."""
+    values = tuple(found)
+    return tuple(sorted(values)) if all(isinstance(value, int) for value in values) else values
+
+
 def sweep_path(arch: Arch, case: SearchCase) -> Path:
     return report.saved_path(arch, f"sweep-{case.name}")
 
@@ -85,7 +103,8 @@ def read(path: Path) -> Sweep:
     for *values, times in stored["plans"]:
         settings: dict[str, Setting] = dict(zip(names, values, strict=True))
         rounds[Plan.of("cpu", **settings)] = times
-    return Sweep(header=stored["header"], rounds_us=rounds)
+    default: dict[str, Setting] = stored["default"]
+    return Sweep(header=stored["header"], default=Plan.of("cpu", **default), rounds_us=rounds)
 
 
 def write(path: Path, sweep: Sweep) -> None:
@@ -98,4 +117,7 @@ def write(path: Path, sweep: Sweep) -> None:
     header = json.dumps(sweep.header, indent=2)
     rows = ",\n".join(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"header": {header},\n"settings": {json.dumps(names)},\n"plans": [\n{rows}\n]}}\n')
+    default = json.dumps(sweep.default.as_dict())
+    path.write_text(
+        f'{{"header": {header},\n"default": {default},\n"settings": {json.dumps(names)},\n"plans": [\n{rows}\n]}}\n'
+    )

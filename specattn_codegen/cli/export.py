@@ -11,7 +11,7 @@ from specattn_codegen import gpu_detect, gpus, ladder, paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.cli import console
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune import DEFAULT_PAGE_SIZE, find_heads
+from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, find_heads
 from specattn_codegen.errors import SpecError
 from specattn_codegen.export.hugging_face import repository_files
 from specattn_codegen.export.package import Export, default_name, folder_files, write

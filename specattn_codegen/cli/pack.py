@@ -19,7 +19,7 @@ from specattn_codegen.cli import console
 from specattn_codegen.cli import pack_tables as tables
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.progress import microseconds
-from specattn_codegen.cli.tune import DEFAULT_PAGE_SIZE, find_heads
+from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, find_heads
 from specattn_codegen.errors import PackError, SpecError
 from specattn_codegen.explain import neighbours
 from specattn_codegen.ladder import Found, Ladder

@@ -31,6 +31,7 @@ class TuningProgress:
 
     def __init__(self, console: Console, num_tasks: int) -> None:
         self.winners: list[Entry] = []
+        self.trials: list[tuple[Task, Record]] = []
         self._console = console
         self._num_tasks = num_tasks
         self._done = 0
@@ -68,7 +69,8 @@ class TuningProgress:
         self._bars.reset(self._current, description=task.name, total=trials, note="", visible=True)
         self._bars.update(self._all, note=f"{trials} trials each at most")
 
-    def trial_done(self, task: Task, trial: Record, best_us: float | None) -> None:  # noqa: ARG002 - a Listener
+    def trial_done(self, task: Task, trial: Record, best_us: float | None) -> None:
+        self.trials.append((task, trial))
         self._failed += trial.outcome.status is not Status.OK
         best = "" if best_us is None else f"best {microseconds(best_us)}"
         failed = f", {self._failed} failed" if self._failed else ""

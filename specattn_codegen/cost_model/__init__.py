@@ -1,10 +1,11 @@
-"""Cost model: predicts a GPU plan's time on an absent GPU from its binary. It ranks plans and proves no speed."""
+"""Cost model: predicts a plan's time, on an absent GPU from its binary. It ranks plans and proves no speed."""
 
 from __future__ import annotations
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.attention import attention_launches
+from specattn_codegen.cost_model.cpu import attention_terms, cpu_residency
 from specattn_codegen.cost_model.floor import floor_us, least_work
 from specattn_codegen.cost_model.grid import residency
 from specattn_codegen.cost_model.hardware import LAUNCH_US
@@ -13,21 +14,28 @@ from specattn_codegen.cost_model.prediction import Prediction, Residency, Term
 from specattn_codegen.cost_model.selection import selection_launches
 from specattn_codegen.cost_model.traffic import bytes_moved
 from specattn_codegen.errors import SpecError
-from specattn_codegen.plan import Plan
+from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.space import tilelang, triton
 from specattn_codegen.spec import KernelSpec, Workload
 
-__all__ = ["Prediction", "Residency", "Term", "floor_us", "guess_resources", "predict", "why_unfit"]
+__all__ = ["Prediction", "Residency", "Term", "covers", "floor_us", "guess_resources", "predict", "why_unfit"]
 
 GUESSED_OVERHEAD = 48  # registers a thread for addresses and loop state
+
+
+def covers(spec: KernelSpec, backend: Backend) -> bool:
+    """Whether the model ranks this kernel's plans before they are compiled."""
+    return backend == "triton" or (backend == "cpu" and spec.op != "select_kv")
 
 
 def predict(
     spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
 ) -> Prediction:
     """Predicted time of one call, one term per launch and one for the launches themselves."""
+    if plan.backend == "cpu" and not arch.is_gpu:
+        return _predict_cpu(spec, workload, plan, arch)
     if plan.backend == "cpu" or not arch.is_gpu:
-        raise SpecError(f"the cost model knows GPUs, not {plan.backend} on {arch.name}; measure it instead")
+        raise SpecError(f"the cost model knows no {plan.backend} on {arch.name}; measure it instead")
     if spec.op == "select_kv":
         launches = selection_launches(spec, workload, plan, arch, resources[0])
     else:
@@ -45,8 +53,28 @@ def predict(
     )
 
 
+def _predict_cpu(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch) -> Prediction:
+    """Residency is of cores: those with a task, and the tiles they have under way."""
+    if spec.op == "select_kv":
+        raise SpecError("the cost model knows no select_kv on the CPU; measure it instead, there are few plans")
+    terms = attention_terms(spec, workload, plan, arch)
+    latency = sum(term.microseconds for term in terms)
+    least = least_work(spec, workload).memory_bytes
+    return Prediction(
+        latency_us=latency,
+        terms=terms,
+        share_of_ceiling=min(1.0, floor_us(spec, workload, arch) / latency) if arch.bandwidth_gbs else 0.0,
+        bytes_moved=least,
+        bytes_least=least,
+        residency=cpu_residency(spec, plan, arch),
+    )
+
+
 def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources, ...]:
-    """What the binary may take, before there is one: decides which plans are worth compiling first, nothing else."""
+    """What the binary may take, before there is one: decides which plans are worth compiling first, nothing else.
+    Nothing is known of a CPU's."""
+    if plan.backend == "cpu":
+        return ()
     if spec.op == "select_kv":
         return (_guess("select_rows", registers=64, smem_bytes=4 * 2 ** plan.integer("radix_bits"), plan=plan),)
     tiles = tilelang if plan.backend == "tilelang" else triton

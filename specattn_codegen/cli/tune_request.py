@@ -1,0 +1,134 @@
+"""What specattn-tune is asked for: the options that say which kernels and which processor, and what they mean."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import torch
+
+from specattn_codegen import cpu_info, gpu_detect, gpus, models, space
+from specattn_codegen.arch import Arch
+from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig, layer_heads
+from specattn_codegen.plan import BACKENDS, Backend
+from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype, Op
+from specattn_codegen.tune import plan_tasks
+from specattn_codegen.tune_session import Budget, Target, Task
+from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
+
+DEFAULT_PAGE_SIZE = 16
+DEFAULT_TRIALS = {"modelled": 16, "measured": 12}
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+OPTIONS = (
+    click.option("--model", metavar="NAME|PATH", help="A registered model, a Hugging Face config.json, or its folder."),
+    click.option("--heads", metavar="HQ,HKV,D", help="Query heads, KV heads and head dim instead of a model."),
+    click.option("--gpu", default="local", show_default=True, metavar="NAME|local|cpu", help="The processor."),
+    click.option("--op", "ops", multiple=True, type=click.Choice(TUNED_OPS), help="Only this one; may be repeated."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Of q and the KV cache. [bfloat16; float32 on the CPU]"),
+    click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales."),
+    click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page."),
+    click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks that share the heads."),
+    click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [cpu or triton]"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """As typed; the options of OPTIONS under their own names."""
+
+    model: str | None
+    heads: str | None
+    gpu: str
+    ops: tuple[Op, ...]
+    dtype: Dtype | None
+    kv_dtype: KvDtype | None
+    page_size: int
+    tp: int
+    backend: Backend | None
+
+    def target(self) -> Target:
+        """Raises SpecError for an option that means nothing."""
+        return find_target(self.gpu, self.backend, self.page_size)
+
+    def kinds(self) -> list[HeadConfig]:
+        return find_heads(self.model, self.heads, self.tp)
+
+    def dtype_on(self, target: Target) -> Dtype:
+        return self.dtype or ("bfloat16" if target.arch.is_gpu else "float32")
+
+    def tasks(self, heads: HeadConfig, target: Target) -> list[Task]:
+        specs = model_specs(
+            heads,
+            dtype=self.dtype_on(target),
+            kv_dtype=self.kv_dtype,
+            page_size=target.page_size if target.arch.is_gpu else 0,
+            ops=self.ops or TUNED_OPS,
+        )
+        return plan_tasks([(spec, default_workloads(spec, target.arch)) for spec in specs], target)
+
+
+def options(command: Command) -> Command:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
+    if page_size < 1:
+        raise SpecError(f"--page-size {page_size}: must be at least 1 key; {DEFAULT_PAGE_SIZE} is usual")
+    arch, is_present = find_arch(gpu)
+    served = space.backends_for(arch)
+    if wanted is not None and wanted not in served:
+        raise SpecError(f"--backend {wanted}: does not run on {arch.name}; use {', '.join(served)}, or leave it out")
+    return Target(arch=arch, backend=wanted or served[0], is_present=is_present, page_size=page_size)
+
+
+def find_arch(gpu: str) -> tuple[Arch, bool]:
+    """The processor, and whether it is the one at hand."""
+    if gpu == "cpu":
+        return cpu_info.detect(refresh=True), True
+    if gpu == "local":
+        return gpu_detect.local(), True
+    arch = gpus.find(gpu)
+    return arch, torch.cuda.is_available() and gpu_detect.local() == arch
+
+
+def find_heads(model: str | None, heads: str | None, tp: int) -> list[HeadConfig]:
+    """One HeadConfig per kind of layer, equal ones once."""
+    if (model is None) == (heads is None):
+        raise SpecError("give exactly one of --model and --heads, as in --model llama3-8b or --heads 32,8,128")
+    if heads is not None:
+        return [HeadConfig(**models.parse_heads(heads)).shard(tp)]
+    return list(dict.fromkeys(kind.shard(tp) for kind in layer_heads(model or "").values()))
+
+
+def find_budget(trials: int | None, timeout: float | None, seed: int, *, is_present: bool) -> Budget:
+    if trials is not None and trials < 1:
+        raise SpecError(f"--trials {trials}: must be at least 1; the default plan is the first trial")
+    if timeout is not None and not timeout > 0:
+        raise SpecError(f"--timeout {timeout:g}: must be above 0 seconds")
+    if not 0 <= seed < 2**32:
+        raise SpecError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    usual = DEFAULT_TRIALS["measured" if is_present else "modelled"]
+    ends_at = None if timeout is None else time.monotonic() + timeout
+    return Budget(trials=trials or usual, seed=seed, ends_at=ends_at)
+
+
+def require_writable(folder: Path, name: str) -> Path:
+    """Finds out before an hour of tuning, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.write(probe.fileno(), b"0")
+    except OSError as error:
+        raise SpecError(f"{name} {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    return folder
