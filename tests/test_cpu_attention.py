@@ -20,7 +20,7 @@ from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.space import cpu as space_cpu
-from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
+from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec
 
 TARGETS = [target for target, needs in cpu_info.NEEDS.items() if needs <= cpu_info.NEEDS[cpu_info.instruction_set()]]
 
@@ -324,13 +324,15 @@ def test_a_build_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instructions")
-def test_rows_are_fetched_ahead_in_the_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+@pytest.mark.parametrize("op", ["verify_attention", "sparse_attention"])
+def test_rows_are_fetched_ahead_in_the_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: object, op: Op) -> None:
     """A compiler may drop a call that does nothing but prefetch; results would not tell."""
     monkeypatch.setenv("SPECATTN_CACHE_DIR", str(tmp_path))
     counts: dict[Setting, int] = {}
     settings: tuple[Setting, ...] = ("none", "next_tile")
+    spec = KernelSpec(op=op, heads=SMALL, selection="kv_head" if op == "sparse_attention" else None)
     for prefetch in settings:
-        source = render(spec := verify_spec(SMALL), default_plan(spec).replace(prefetch=prefetch), "generic")
+        source = render(spec, default_plan(spec).replace(prefetch=prefetch), "generic")
         library = cpu.compile_library(source.text, "generic", spec.name)
         shown = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
         counts[prefetch] = shown.count("prefetch")
