@@ -19,11 +19,10 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE, budget
 from specattn_bench import peers
-from specattn_bench.measured import launches
+from specattn_bench.measured import inputs_of, launches
 from specattn_bench.peers import DenseInputs, dense_inputs
 from specattn_bench.plans import Plans, choose
 from specattn_bench.timing import Launch, in_turn, turns
-from specattn_bench.verify_measured import inputs_of
 from specattn_codegen import build
 from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.cost_model.floor import Work, least_work

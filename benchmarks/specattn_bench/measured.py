@@ -16,6 +16,7 @@ from specattn_codegen import build
 from specattn_codegen.arch import Arch
 from specattn_codegen.kernel import Call, Kernel
 from specattn_codegen.measure import host_timer, time_interleaved
+from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.prove import Extent, prove
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, Workload
@@ -50,6 +51,13 @@ def require_plans(wanted: Sequence[tuple[KernelSpec, Workload]], arch: Arch, pla
     for spec, workload in wanted:
         with contextlib.suppress(NotServedError):
             choose(spec, workload, arch, plans)
+
+
+def inputs_of(spec: KernelSpec, problem: AttentionProblem) -> AttentionProblem:
+    """What a kernel takes of the problem: references only where its scores are normalised by them."""
+    if spec.score is not None and spec.score.normaliser == "reference":
+        return problem
+    return dataclasses.replace(problem, lse_ref=None)
 
 
 def launches(kernel: Kernel, calls: Sequence[Call]) -> list[Launch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from specattn_bench import peers
-from specattn_bench.measured import SEED, built, launches, load, timed
+from specattn_bench.measured import SEED, built, inputs_of, launches, load, timed
 from specattn_bench.plans import DEFAULT, choose
 from specattn_bench.series import Contender
 from specattn_bench.timing import in_turn, turns
@@ -17,7 +17,6 @@ from specattn_codegen.kernel import Kernel
 from specattn_codegen.measure import rotated
 from specattn_codegen.problems import AttentionProblem, workload_problem
 from specattn_codegen.prove import launch
-from specattn_codegen.spec import KernelSpec
 
 
 def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[Series]:
@@ -56,10 +55,3 @@ def _problem(asked: Asked, case: Case, arch: Arch) -> AttentionProblem:
     call = problem_call(spec, problem)
     launch(load(spec, chosen, arch), call, "cpu")
     return dataclasses.replace(problem, lse_ref=call.lse)
-
-
-def inputs_of(spec: KernelSpec, problem: AttentionProblem) -> AttentionProblem:
-    """What a kernel takes of the problem: references only where its scores are normalised by them."""
-    if spec.score is not None and spec.score.normaliser == "reference":
-        return problem
-    return dataclasses.replace(problem, lse_ref=None)
