@@ -56,6 +56,7 @@ def matrix(arch: Arch) -> list[tuple[str, KernelSpec, Plan]]:
         "another shape": dataclasses.replace(verify(shaped(arch), REFERENCE), kv_dtype="float8_e5m2"),
         "select": select,
         "sparse": sparse,
+        "mixed": dataclasses.replace(verify(LLAMA, REFERENCE), op="mixed_attention", selection="kv_head"),
     }
     if arch.name in ("h100", "mi300x"):
         specs |= {
@@ -76,6 +77,9 @@ def matrix(arch: Arch) -> list[tuple[str, KernelSpec, Plan]]:
         entries.append(("dump", specs["layer"], dumped))
         fixed = space.batch_invariant(space.default_plan(specs["unusual heads"], arch, "triton"))
         entries.append(("fixed splits", specs["unusual heads"], fixed))
+    if arch.vendor == "nvidia":
+        last = space.default_plan(specs["reference, float8"], arch, "triton").replace(merge="fused")
+        entries.append(("last block merges", specs["reference, float8"], last))
     if arch.name in ("h100", "b200"):
         paged = dataclasses.replace(verify(LLAMA, REFERENCE), page_size=64)
         described = space.default_plan(paged, arch, "triton").replace(kv_load="descriptor")

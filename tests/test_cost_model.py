@@ -109,7 +109,7 @@ def test_no_prediction_beats_the_roofline_and_terms_add_up(spec: KernelSpec) -> 
             assert prediction.latency_us == pytest.approx(sum(term.microseconds for term in prediction.terms))
             assert prediction.share_of_ceiling == pytest.approx(least / prediction.latency_us)
             assert prediction.bytes_moved >= prediction.bytes_least
-            launches = len(prediction.terms) - 1
+            launches = sum(term.name not in ("launches", "merge") for term in prediction.terms)
             assert prediction.terms[-1].microseconds == LAUNCH_US * launches
             longest = max(term.microseconds for term in prediction.terms)
             assert prediction.bound.startswith(
@@ -169,6 +169,17 @@ def test_what_scores_cost_by_hand() -> None:
     prediction = predict(REFERENCE, ROWS, space.default_plan(REFERENCE, H100, "triton"))
     assert prediction.bytes_least == least
     assert prediction.excess_bytes == prediction.bytes_moved / least
+
+
+def test_a_merge_by_the_last_blocks_is_no_launch_of_its_own() -> None:
+    """It pays where few rows or few splits are left to one block, and not where many rows of many splits are."""
+    plan = space.default_plan(VERIFY, H100, "triton")
+    few, many = (Workload(batch=1, q_len=rows, kv_len=32768) for rows in (1, 7))
+    separate, fused = (predict(VERIFY, few, plan.replace(merge=merge)) for merge in ("separate", "fused"))
+    assert [term.name for term in fused.terms] == ["attend_splits", "merge", "launches"]
+    assert separate.terms[-1].microseconds - fused.terms[-1].microseconds == LAUNCH_US
+    assert fused.latency_us < separate.latency_us
+    assert predict(VERIFY, many, plan).latency_us < predict(VERIFY, many, plan.replace(merge="fused")).latency_us
 
 
 def test_a_reference_is_one_pass() -> None:

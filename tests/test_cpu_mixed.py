@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import RAGGED, run, verdict
-from specattn_codegen import HeadConfig, SpecError, gpus, space
+from specattn_codegen import HeadConfig, SpecError
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
@@ -98,5 +98,3 @@ def test_load_kernels_serves_mixed_batches_and_refuses_bad_modes() -> None:
         kernels.mixed_attention(*inputs, chosen, p.tail_start, p.mode.long(), max_q=2)
     with pytest.raises(SpecError, match=r"mode has shape \(1,\)"):
         kernels.mixed_attention(*inputs, chosen, p.tail_start, p.mode[:1], max_q=2)
-    with pytest.raises(SpecError, match="served on the CPU only"):
-        space.default_plan(mixed_spec(), gpus.find("h100"), "triton")

@@ -127,7 +127,8 @@ def test_a_plan_outside_todays_space_is_not_believed(tmp_path: Path, change: dic
 
 def test_an_operation_its_backend_does_not_have_is_not_believed(tmp_path: Path) -> None:
     publish(tmp_path, entry(SELECT))
-    mixed = dataclasses.replace(entry(), spec=dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head"))
+    spec = dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head")
+    mixed = dataclasses.replace(entry(), spec=spec, plan=space.default_plan(VERIFY, ARCH, "tilelang"))
     pack.write(tmp_path / "mixed.json", Pack(arch=silicon(ARCH), heads=HEADS, entries=(mixed,)))
     (candidate,) = ladder.read(ARCH, HEADS, [tmp_path / "mixed.json"]).candidates
     assert candidate.why_unusable is not None

@@ -56,6 +56,13 @@ def test_default_plans_of_every_head_dim_and_cache(head_dim: int, group: int) ->
     ("arch", "spec", "changes", "reason"),
     [
         ("h100", VERIFY, {"split_keys": 512}, "ctas_per_sm=2 has no say where split_keys=512 is fixed; use 1"),
+        (
+            "h100",
+            VERIFY,
+            {"merge": "fused", "split_keys": 512, "ctas_per_sm": 1},
+            "split_keys=512 sets no bound; use merge",
+        ),
+        ("mi300x", VERIFY, {"merge": "fused"}, "mi300x Triton's barrier does not wait for stores"),
         ("a100", PAGE_64, {"kv_load": "descriptor"}, "a100 has no tensor memory accelerator; use kv_load=pointer"),
         ("mi300x", PAGE_64, {"kv_load": "descriptor"}, "mi300x has no tensor memory accelerator"),
         ("h100", VERIFY, {"kv_load": "descriptor"}, "page_size=16 is no multiple of block_n=64; use a block_n that"),

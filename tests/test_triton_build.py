@@ -20,6 +20,7 @@ from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.policy import TopK
 from specattn_codegen.problems import attention_problem
 from specattn_codegen.render import Source, render
+from specattn_codegen.space.triton import merges_last
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 from triton_cases import DEVICE, SMALL, attention_kernel, plan_for, run, sparse_spec, verify_spec
 
@@ -46,6 +47,7 @@ SPECS: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "descriptors": (verify_spec(SMALL, REFERENCE), {"kv_load": "descriptor", "block_n": 16}),
     "float8": (verify_spec(SMALL, ScoreSpec(), kv_dtype="float8_e4m3"), {"float8": "native"}),
     "float8 bits": (verify_spec(SMALL, kv_dtype="float8_e5m2"), {"kv_load": "descriptor", "block_n": 16}),
+    "last block merges": (verify_spec(SMALL, ScoreSpec(histogram=True)), {"merge": "fused"}),
     "sparse": (sparse_spec(SMALL), {}),
     "sparse float8": (sparse_spec(SMALL, kv_dtype="float8_e5m2"), {"float8": "native", "split_keys": 512}),
 }
@@ -117,7 +119,9 @@ def test_launches_are_what_the_cross_compiler_compiles(name: str, launched: list
             assert _types_agree(annotations[parameter], argument), (launch.function.__name__, parameter)
 
 
-@pytest.mark.parametrize("name", ["remat", "histogram", "reference, several tiles", "fixed splits", "sparse"])
+@pytest.mark.parametrize(
+    "name", ["remat", "histogram", "reference, several tiles", "fixed splits", "last block merges", "sparse"]
+)
 def test_grids_hold_more_requests_than_one_of_their_axes(name: str, launched: list[Launch]) -> None:
     """Only the first axis of a grid may pass 65,535: here 70,000 requests, without their memory."""
     batch, max_kv = 70_000, 2**17
@@ -148,7 +152,9 @@ def test_grids_hold_more_requests_than_one_of_their_axes(name: str, launched: li
         for argument, (shape, dtype) in shapes.items()
         if argument in wanted
     }
-    numbers = {"block": 1} if "block" in wanted else {}
+    numbers = {"block": 1, "slots": None} if "block" in wanted else {}
+    if merges_last(kernel.plan):
+        tensors["arrivals"] = torch.empty(kernel.module.num_arrivals(132), dtype=torch.int32, device="meta")
     kernel.module.launch(**tensors, **numbers, max_q=9, max_kv=max_kv, num_sms=132)
     assert len(launched) == len(kernel.module.KERNELS)
     for launch in launched:

@@ -27,11 +27,15 @@ CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "verify_attention_vegas": (_verify(ScoreSpec(rows="ends", heads="layer")), {"score_method": "dump"}),
     "verify_attention_reference": (
         dataclasses.replace(_verify(ScoreSpec(normaliser="reference")), page_size=64),
-        {"kv_load": "descriptor"},
+        {"kv_load": "descriptor", "merge": "fused"},
     ),
     "verify_attention_float8": (
         dataclasses.replace(_verify(ScoreSpec(granularity="page_mean", histogram=True)), kv_dtype="float8_e4m3"),
         {"float8": "bits", "split_keys": 2048, "ctas_per_sm": 1},
+    ),
+    "mixed_attention": (
+        dataclasses.replace(_verify(ScoreSpec()), op="mixed_attention", selection="kv_head"),
+        {},
     ),
     "select_kv": (KernelSpec(op="select_kv", heads=HEADS, selection="kv_head"), {}),
     "sparse_attention": (

@@ -14,7 +14,7 @@ from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.render import render
-from specattn_codegen.space.triton import score_methods
+from specattn_codegen.space.triton import merges_last, score_methods
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,8 +55,8 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
         "ctas_per_sm": 8,
         "split_keys": 0,
     }
-    if spec.op == "verify_attention":
-        settings |= {"kv_load": "pointer"}
+    if spec.op != "sparse_attention":
+        settings |= {"kv_load": "pointer", "merge": "separate"}
     if spec.is_float8:
         settings |= {"float8": "bits"}
     if spec.score is not None:
@@ -96,6 +96,8 @@ def run(kernel: triton.AttentionKernel, problem: AttentionProblem, num_sms: int 
     )
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
     arguments = {name: getattr(call, name) for name in kernel.arguments}
+    if merges_last(kernel.plan):
+        arguments["arrivals"] = torch.zeros(kernel.module.num_arrivals(sms), dtype=torch.int32, device=DEVICE)
     kernel.module.launch(**arguments, workspace=workspace, num_sms=sms)
     return call
 

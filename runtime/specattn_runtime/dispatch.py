@@ -328,7 +328,16 @@ class Kernels:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SpecError(f"{spec.name} is not built yet and a CUDA graph is being captured; call prepare() first")
         found = self._plan(spec, workload)
-        plan = space.batch_invariant(found.plan) if self._batch_invariant else found.plan
+        plan = found.plan
+        if spec.op == "mixed_attention":
+            plan = space.for_mixed(plan, spec, self.arch)
+            if self._batch_invariant and self.arch.is_gpu:
+                raise SpecError(
+                    "mixed_attention, batch_invariant=True: on a GPU what a block reads depends on the whole batch; "
+                    "launch verify_attention and sparse_attention apart, or load kernels without batch_invariant"
+                )
+        plan = space.batch_invariant(plan) if self._batch_invariant else plan
+        plan = plan if self._keep_scratch else space.reentrant(plan)
         source = render(spec, plan, build.target_for(plan, self.arch))
         logger.info("%s %s: %s plan (%s)", spec.name, workload.name, found.rung, plan)
         self.rungs[spec, workload] = found.rung

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +19,7 @@ from specattn_codegen.kernel import AttentionCall, Call, SelectCall
 from specattn_codegen.plan import Plan
 from specattn_codegen.policy import policy_numbers
 from specattn_codegen.render import Source
-from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT
+from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT, merges_last
 from specattn_codegen.spec import KernelSpec
 
 INTERPRETER_SMS = 4  # what the interpreter stands for: enough that small problems are split
@@ -54,12 +54,17 @@ def _require_aligned(cache: torch.Tensor, name: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernel:
-    """verify_attention or sparse_attention; `arguments` are the fields of a call that its launch takes."""
+    """verify_attention or sparse_attention; `arguments` are the fields of a call that its launch takes.
+
+    arrivals  counters of a kernel whose last block merges, by device: 0 between launches, hence one launch at a time.
+              They are not in the workspace, whose contents are arbitrary.
+    """
 
     spec: KernelSpec
     plan: Plan
     module: ModuleType
     arguments: tuple[str, ...]
+    arrivals: dict[torch.device, torch.Tensor] = field(default_factory=dict[torch.device, torch.Tensor])
 
     def workspace_bytes(self, call: Call) -> int:
         if not isinstance(call, AttentionCall):
@@ -79,7 +84,17 @@ class AttentionKernel:
             _require_aligned(call.k_cache, "k_cache")
             _require_aligned(call.v_cache, "v_cache")
         arguments = {name: getattr(call, name) for name in self.arguments}
+        if merges_last(self.plan):
+            arguments["arrivals"] = self._arrivals_on(call.q.device)
         self.module.launch(**arguments, workspace=workspace, num_sms=num_sms(call.q.device))
+
+    def _arrivals_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self.arrivals:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise SpecError(f"{self.spec.name} was never launched on {device}; launch it once before a capture")
+            count = self.module.num_arrivals(num_sms(device))
+            self.arrivals[device] = torch.zeros(count, dtype=torch.int32, device=device)
+        return self.arrivals[device]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +163,6 @@ def load(source: Source) -> AttentionKernel | SelectKernel:
     if source.spec.op == "select_kv":
         return SelectKernel(spec=source.spec, plan=source.plan, module=module)
     arguments = tuple(
-        name for name in inspect.signature(module.launch).parameters if name not in {"workspace", "num_sms"}
+        name for name in inspect.signature(module.launch).parameters if name not in {"workspace", "arrivals", "num_sms"}
     )
     return AttentionKernel(spec=source.spec, plan=source.plan, module=module, arguments=arguments)

@@ -40,7 +40,9 @@ def predict(
         launches = selection_launches(spec, workload, plan, arch, resources[0])
     else:
         launches = attention_launches(spec, workload, plan, arch, resources)
-    overhead = Term(name="launches", microseconds=LAUNCH_US * len(launches), limit="launch")
+    overhead = Term(
+        name="launches", microseconds=LAUNCH_US * sum(not launch.within for launch in launches), limit="launch"
+    )
     terms = (*(launch.term(arch.num_sms) for launch in launches), overhead)
     latency = sum(term.microseconds for term in terms)
     return Prediction(
@@ -82,7 +84,7 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
     attend = _guess("attend_splits", registers=registers, smem_bytes=tiles.smem_bytes(plan, spec, arch), plan=plan)
     others = tuple(
         Resources(kernel=name, registers=64, spill_bytes=0, smem_bytes=16384, num_warps=4, binary_bytes=0)
-        for name in (("merge_splits", "score_keys") if spec.score else ("merge_splits",))
+        for name in (*(() if triton.merges_last(plan) else ("merge_splits",)), *(("score_keys",) if spec.score else ()))
     )
     return (attend, *others)
 

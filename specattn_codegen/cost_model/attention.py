@@ -17,7 +17,7 @@ from specattn_codegen.cost_model.hardware import (
 )
 from specattn_codegen.cost_model.occupancy import blocks_per_sm
 from specattn_codegen.plan import Plan
-from specattn_codegen.space.triton import converted_bytes, padded
+from specattn_codegen.space.triton import converted_bytes, merges_last, padded
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 # Vector operations per logit besides the exponential: scale, mask, running maximum, difference, sum and conversion.
@@ -29,7 +29,8 @@ ADDRESS_OPS = 6.0
 # Per 8-bit float that is converted, as counted in the loops of binaries for a100 and h100.
 FLOAT8_OPS = {("float8_e4m3", "native"): 4.0, ("float8_e5m2", "native"): 5.0}
 FLOAT8_OPS |= {("float8_e4m3", "bits"): 8.0, ("float8_e5m2", "bits"): 5.0}
-PARTIALS_MERGED_AT_ONCE = 16
+PARTIALS_MERGED_AT_ONCE = 8  # of so many rows:
+ROWS_MERGED_AT_ONCE = 4
 FLOAT_BYTES = 4
 SECTOR_BYTES = 32  # of the L2; what one atomic addition costs it
 
@@ -77,9 +78,10 @@ def attention_launches(
 ) -> tuple[Launch, ...]:
     """The kernels of one call, in order."""
     by_name = {kernel.kernel: kernel for kernel in resources}
+    merging = by_name["attend_splits" if merges_last(plan) else "merge_splits"]
     launches = [
         _attend(spec, workload, plan, arch, by_name["attend_splits"]),
-        _merge(spec, workload, plan, arch, by_name["merge_splits"]),
+        _merge(spec, workload, plan, arch, merging),
     ]
     if spec.score is not None and not scores_directly(spec, plan, workload):
         launches.append(_score(spec, spec.score, workload, plan, arch, by_name["score_keys"]))
@@ -159,16 +161,23 @@ def weight_bytes(spec: KernelSpec) -> int:
 
 
 def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:
-    """A block per row and head walks its partial results, which attend_splits has just left in the L2."""
+    """Blocks walk partial results that attend_splits has just left in the L2: a block of its own for every few rows of
+    a KV head, or the last block of every tile, which walks all of the tile's rows."""
+    last = merges_last(plan)
     splits, _ = used_splits(spec, plan, workload, arch)
-    blocks = workload.q_len * spec.heads.num_q_heads * workload.batch
+    tiles = (
+        row_tiles(spec, plan, workload) if last else math.ceil(workload.q_len * spec.heads.group / ROWS_MERGED_AT_ONCE)
+    )
+    blocks = tiles * spec.heads.num_kv_heads * workload.batch
     speed = _shared_rates(spec, plan, arch, blocks)
-    merged = min(splits, PARTIALS_MERGED_AT_ONCE)
+    rows = workload.q_len * spec.heads.group / tiles
+    steps = math.ceil(rows / ROWS_MERGED_AT_ONCE)
+    merged = min(splits, PARTIALS_MERGED_AT_ONCE) * rows / steps
     iteration = Iteration(
         memory_bytes=0.0,
         l2_bytes=merged * (spec.heads.v_head_dim + 1) * FLOAT_BYTES,
         matrix_ops=0.0,
-        vector_ops=2.0 * PARTIALS_MERGED_AT_ONCE * padded(spec.heads.v_head_dim),
+        vector_ops=2.0 * PARTIALS_MERGED_AT_ONCE * ROWS_MERGED_AT_ONCE * padded(spec.heads.v_head_dim),
         chain=1.0,
         chain_latency_us=speed.l2_latency_us,
         in_flight=1.0,
@@ -177,10 +186,11 @@ def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resourc
         blocks=blocks,
         num_warps=resources.num_warps,
         resident=max(1, blocks_per_sm(resources, arch)),
-        iterations=math.ceil(splits / PARTIALS_MERGED_AT_ONCE),
-        setup_us=3 * speed.l2_latency_us,
+        iterations=steps * math.ceil(splits / PARTIALS_MERGED_AT_ONCE),
+        # Lengths; or the counter there and back, once what it counts has arrived.
+        setup_us=(2 if last else 3) * speed.l2_latency_us,
     )
-    return Launch(name="merge_splits", grid=grid, iteration=iteration, rates=speed)
+    return Launch(name="merge" if last else "merge_splits", grid=grid, iteration=iteration, rates=speed, within=last)
 
 
 def _score(

@@ -43,12 +43,16 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One kernel of a call: its grid, what a block repeats, and what one multiprocessor does meanwhile."""
+    """One kernel of a call: its grid, what a block repeats, and what one multiprocessor does meanwhile.
+
+    within  whether it is the end of the launch before, and none of its own
+    """
 
     name: str
     grid: Grid
     iteration: Iteration
     rates: MultiprocessorRates
+    within: bool = False
 
     def term(self, num_sms: int) -> Term:
         return grid_term(self.name, self.grid, self.iteration, num_sms, self.rates)

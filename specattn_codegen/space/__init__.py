@@ -7,13 +7,22 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from specattn_codegen.arch import Arch
-from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.space import cpu, tilelang, triton
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec
 
-__all__ = ["Axis", "axes", "backends_for", "batch_invariant", "default_plan", "feasible", "why_invalid"]
+__all__ = [
+    "Axis",
+    "axes",
+    "backends_for",
+    "batch_invariant",
+    "default_plan",
+    "feasible",
+    "for_mixed",
+    "reentrant",
+    "why_invalid",
+]
 
 _SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton, "tilelang": tilelang}
 
@@ -25,28 +34,33 @@ def backends_for(arch: Arch) -> tuple[Backend, ...]:
     return ("triton", "tilelang") if arch.vendor == "nvidia" else ("triton",)
 
 
-def _require_served(spec: KernelSpec, backend: Backend) -> None:
-    if spec.op == "mixed_attention" and backend == "triton":
-        raise SpecError(
-            "mixed_attention: served on the CPU only so far; on a GPU launch verify_attention for the requests that "
-            "verify and sparse_attention for those that draft"
-        )
-
-
 def axes(spec: KernelSpec, backend: Backend) -> tuple[Axis, ...]:
-    _require_served(spec, backend)
     return _SPACES[backend].axes(spec)
 
 
 def default_plan(spec: KernelSpec, arch: Arch, backend: Backend) -> Plan:
     """A plan that is valid on every architecture the backend serves, chosen for safety before speed."""
-    _require_served(spec, backend)
     return _SPACES[backend].default_plan(spec, arch)
 
 
 def batch_invariant(plan: Plan) -> Plan:
     """The plan with splits of a fixed length, so that a row's result does not depend on its neighbours."""
     return _SPACES[plan.backend].batch_invariant(plan)
+
+
+def for_mixed(plan: Plan, spec: KernelSpec, arch: Arch) -> Plan:
+    """A plan of verify_attention for mixed_attention of the same heads, or the default one if it cannot serve that."""
+    if plan.backend == "cpu":
+        return plan
+    adapted = triton.for_mixed(plan) if plan.backend == "triton" else None
+    if adapted is not None and why_invalid(adapted, spec, arch) is None:
+        return adapted
+    return default_plan(spec, arch, "triton")
+
+
+def reentrant(plan: Plan) -> Plan:
+    """The plan without anything that its launches share, so that several streams may launch its kernel at once."""
+    return triton.reentrant(plan) if plan.backend == "triton" else plan
 
 
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:

@@ -28,6 +28,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
 
     ctas_per_sm   blocks per multiprocessor that the grid of splits aims at
     split_keys    keys of a split, whatever else is in the batch; 0 where the grid decides
+    merge         of splits: separate, by a kernel of its own; fused, by the last block of a tile of rows to finish
     float8        how an 8-bit cache is converted: native, as Triton does; bits, by shifting the fields of its bytes
     kv_load       how tiles of keys and values are read: through pointers; or with a tensor descriptor of the cache, by
                   the processor's tensor memory accelerator
@@ -44,13 +45,14 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     attention = (
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (16, 32, 64, 128)),
-        Axis("num_warps", (2, 4, 8) if spec.op == "verify_attention" else (1, 2, 4, 8)),
+        Axis("num_warps", (1, 2, 4, 8) if spec.op == "sparse_attention" else (2, 4, 8)),
         Axis("num_stages", (1, 2, 3, 4)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
-        Axis("split_keys", (0, *SPLIT_KEYS)),
+        Axis("split_keys", (0,) if spec.op == "mixed_attention" else (0, *SPLIT_KEYS)),
     )
-    if spec.op == "verify_attention":
-        attention = (*attention, Axis("kv_load", ("pointer", "descriptor")))
+    if spec.op != "sparse_attention":
+        loads = ("pointer", "descriptor") if spec.op == "verify_attention" else ("pointer",)
+        attention = (*attention, Axis("kv_load", loads), Axis("merge", ("separate", "fused")))
     if spec.is_float8:
         attention = (*attention, Axis("float8", ("native", "bits")))
     if spec.score is None:
@@ -85,25 +87,49 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
 def batch_invariant(plan: Plan) -> Plan:
     """The plan with splits of a fixed length: a row's attention then depends on its own keys alone, neither on the rows
     and requests beside it nor on the bounds of the call. select_kv is exact, hence the same under every plan."""
-    return plan.replace(split_keys=SPLIT_KEYS[-1], ctas_per_sm=1) if "split_keys" in plan.as_dict() else plan
+    if "split_keys" not in plan.as_dict():
+        return plan
+    return reentrant(plan).replace(split_keys=SPLIT_KEYS[-1], ctas_per_sm=1)
+
+
+def for_mixed(plan: Plan) -> Plan:
+    """A plan of verification for a batch in which requests draft as well: keys are gathered one by one, and what is
+    read together depends on all requests."""
+    adapted = plan.replace(kv_load="pointer", split_keys=0)
+    return adapted.replace(ctas_per_sm=BLOCKS_PER_SM) if plan.integer("split_keys") else adapted
+
+
+def reentrant(plan: Plan) -> Plan:
+    """The plan without counters that its launches share, so that several streams may launch its kernel at once. The
+    results are the same to the last bit."""
+    return plan.replace(merge="separate") if "merge" in plan.as_dict() else plan
+
+
+def merges_last(plan: Plan) -> bool:
+    """Whether the last block of a tile of rows merges its splits, and no kernel of its own."""
+    return plan.as_dict().get("merge") == "fused"
 
 
 def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
     tiles = list(itertools.product((64, 32, 16), (3, 2, 1)))
     if arch.vendor == "nvidia":  # a tile that no stage buffers waits in registers: rather a smaller one
         tiles.sort(key=lambda tile: tile[1] == 1)
-    for block_m, (block_n, num_stages), num_warps in itertools.product(_block_m_choices(spec), tiles, (4, 8)):
+    # What a program of a mixed batch remembers of its share of the work leaves room for eight warps or none to spare.
+    warps = (8, 4) if spec.op == "mixed_attention" and arch.vendor == "nvidia" else (4, 8)
+    for block_m, (block_n, num_stages), num_warps in itertools.product(_block_m_choices(spec), tiles, warps):
         plan = Plan.of(
             "triton",
             block_m=block_m,
             block_n=block_n,
             num_warps=num_warps,
             num_stages=num_stages,
-            ctas_per_sm=BLOCKS_PER_SM,
+            ctas_per_sm=1 if spec.op == "mixed_attention" and num_warps == 8 else BLOCKS_PER_SM,
             split_keys=0,
         )
         if spec.op == "verify_attention":
-            plan = plan.replace(kv_load="pointer")
+            plan = plan.replace(kv_load="pointer", merge="separate")
+        if spec.op == "mixed_attention":  # which is to be one launch
+            plan = plan.replace(kv_load="pointer", merge="separate" if arch.vendor == "amd" else "fused")
         if spec.is_float8:
             plan = plan.replace(float8="native" if _converts_float8(arch) else "bits")
         if spec.score is not None:
@@ -124,7 +150,7 @@ def _converts_float8(arch: Arch) -> bool:
 
 def _block_m_choices(spec: KernelSpec) -> tuple[int, ...]:
     """Tiles that hold the expected rows of one KV head at once, then smaller ones; float32 has registers for few."""
-    rows = EXPECTED_ROWS if spec.op == "verify_attention" else 1
+    rows = 1 if spec.op == "sparse_attention" else EXPECTED_ROWS
     wanted = 16 if spec.dtype == "float32" else min(64, padded(rows * spec.heads.group))
     return tuple(block_m for block_m in (64, 32, 16) if block_m <= wanted)
 
@@ -218,7 +244,7 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     block_m, block_n, num_warps = (plan.integer(name) for name in ("block_m", "block_n", "num_warps"))
     if plan.integer("split_keys") and plan.integer("ctas_per_sm") != 1:
         return f"ctas_per_sm={plan['ctas_per_sm']} has no say where split_keys={plan['split_keys']} is fixed; use 1"
-    reason = _why_descriptors_invalid(plan, spec, arch)
+    reason = _why_descriptors_invalid(plan, spec, arch) or _why_merge_invalid(plan, arch)
     if reason is not None:
         return reason
     if spec.kv_dtype == "float8_e4m3" and plan["float8"] == "native" and not _converts_float8(arch):
@@ -242,6 +268,23 @@ def _why_tiles_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     registers += operand_registers(plan, spec, arch)
     if registers > REGISTERS_WITH_OPERANDS:
         return f"tiles need about {registers} registers a thread with their operands; more warps or smaller tiles"
+    return None
+
+
+def _why_merge_invalid(plan: Plan, arch: Arch) -> str | None:
+    if not merges_last(plan):
+        return None
+    if arch.vendor == "amd":
+        # Triton 3.7 compiles tl.debug_barrier for gfx942 to an s_barrier that no s_waitcnt precedes.
+        return (
+            f"merge=fused: on {arch.name} Triton's barrier does not wait for stores, so that a block could be counted "
+            "before its result is there; use merge=separate"
+        )
+    if plan.integer("split_keys"):
+        return (
+            f"merge=fused counts the blocks of every tile, of which split_keys={plan['split_keys']} sets no bound; "
+            "use merge=separate, or split_keys=0"
+        )
     return None
 
 

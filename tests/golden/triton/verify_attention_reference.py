@@ -6,7 +6,7 @@ scores mean attention weight over every row and the heads of a group
        weights are relative to a log-sum-exp that the caller gives instead of the rows' own
 
 Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
-between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
+between blocks for every number of rows, and the last block of a tile of rows to finish merges what all of them left.
 
 attend_splits also averages the weights of its rows. Where one tile holds all rows of a KV head these are the scores;
 score_keys adds up the shares of several tiles.
@@ -36,7 +36,8 @@ LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept
 
 BLOCK_M = tl.constexpr(32)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
 BLOCK_N = tl.constexpr(64)  # keys of an iteration
-MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+MERGED_ROWS = tl.constexpr(4)  # packed rows that a block merges at a time, and
+MERGED_AT_ONCE = tl.constexpr(8)  # partial results of theirs under way
 CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCORE_HEADS = tl.constexpr(4)  # query heads averaged into one score
@@ -74,6 +75,68 @@ def fold_tile(acc, row_max, row_sum, logits, v):
     return acc, new_max, row_sum, weights, shift
 
 
+@triton.jit
+def merge_split(acc, row_max, row_sum, split_out, split_lse):
+    """One split's result [M, Dv] and base-2 log-sum-exp [M] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, split_lse)
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weight = tl.exp2(split_lse - shift)
+    rescale = tl.exp2(row_max - shift)
+    return acc * rescale[:, None] + split_out * weight[:, None], new_max, row_sum * rescale + weight
+
+
+@triton.jit
+def merge_partials(partial_out, partial_lse, partial, live, first_split, end_split, total_q):
+    """Merges the partial results of splits one after the other, so that rounding knows neither grid nor layout."""
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([MERGED_ROWS, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([MERGED_ROWS], NEG_INF, tl.float32)
+    row_sum = tl.zeros([MERGED_ROWS], tl.float32)
+    lse_of = partial_lse + partial
+    out_of = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    for first in tl.range(first_split, end_split, MERGED_AT_ONCE):
+        for place in tl.static_range(MERGED_AT_ONCE):
+            used = live & (first + place < end_split)
+            distance = (first + place) * total_q * NUM_Q_HEADS
+            split_out = tl.load(out_of + distance * V_HEAD_DIM, mask=used[:, None], other=0.0)
+            split_lse = tl.load(lse_of + distance, mask=used, other=NEG_INF)
+            acc, row_max, row_sum = merge_split(acc, row_max, row_sum, split_out, split_lse)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def merge_rows(
+    partial_out, partial_lse, out, lse, first_packed, kv_head, first_row, q_len, first_split, end_split,
+    total_q, stride_out_row, stride_out_head
+):
+    """Final results of some packed rows of a KV head."""
+    packed = first_packed + tl.arange(0, MERGED_ROWS)
+    live = packed < q_len * GROUP
+    rows = first_row + packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    partial = rows.to(tl.int64) * NUM_Q_HEADS + heads  # in the first split
+    acc, row_max, row_sum = merge_partials(partial_out, partial_lse, partial, live, first_split, end_split, total_q)
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    out_rows = out + rows * stride_out_row + heads * stride_out_head
+    tl.store(out_rows[:, None] + v_dims[None, :], acc / row_sum[:, None], mask=live[:, None])
+    tl.store(lse + rows * NUM_Q_HEADS + heads, (row_max + tl.log2(row_sum)) * LN2, mask=live)
+
+
+@triton.jit
+def merge_tile(
+    partial_out, partial_lse, out, lse, tile, kv_head, first_row, q_len, used_splits,
+    total_q, stride_out_row, stride_out_head
+):
+    """Final results of a tile of packed rows."""
+    end_packed = tl.minimum((tile + 1) * BLOCK_M, q_len * GROUP)
+    for first_packed in tl.range(tile * BLOCK_M, end_packed, MERGED_ROWS):
+        merge_rows(
+            partial_out, partial_lse, out, lse, first_packed, kv_head, first_row, q_len, 0, used_splits,
+            total_q, stride_out_row, stride_out_head
+        )
+
+
 # Only cache and query strides are specialised on; what changes from call to call must not compile another variant.
 @triton.jit(
     do_not_specialize=[
@@ -95,10 +158,15 @@ def attend_splits(
     cu_q: "*i32",  # [batch + 1]
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
+    arrivals: "*i32",  # [programs of the first axis], 0 before and after
+    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
+    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
     lse_ref: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
     shares: "*fp32",  # [row_tiles, batch, NUM_KV_HEADS, max_kv], what each tile of rows adds to a mean
     stride_q_row: "i64",
     stride_q_head: "i64",
+    stride_out_row: "i64",
+    stride_out_head: "i64",
     stride_table: "i64",
     stride_share_tile: "i64",
     stride_share_request: "i64",
@@ -118,10 +186,12 @@ def attend_splits(
     prefix = kv_len - q_len  # position of the first row
     if tile * BLOCK_M >= q_len * GROUP:
         return
-    chunk = keys_per_split(kv_len, num_splits)
+    num_keys = tl.maximum(kv_len, 0)
+    chunk = keys_per_split(num_keys, num_splits)
     begin = split * chunk
     end = tl.minimum(begin + chunk, kv_len)
-    if begin >= end:
+    used_splits = tl.cdiv(num_keys, chunk)
+    if (begin >= end) & (split > 0):  # the first block of a request without keys has its rows to write
         return
 
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -166,65 +236,25 @@ def attend_splits(
         mean = total / (num_scored * SCORE_HEADS)
         tl.store(share + keys, mean, mask=(keys >= start) & (keys < prefix))
 
-    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    acc = acc / row_sum[:, None]
+    row_lse = row_max + tl.log2(row_sum)
+    rows += first_row
+    partial = (split * total_q + rows) * NUM_Q_HEADS + heads
     partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
-    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
-    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
-
-
-@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
-def merge_splits(
-    partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
-    partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
-    kv_lens: "*i32",  # [batch]
-    cu_q: "*i32",  # [batch + 1]
-    out: "*bf16",  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
-    lse: "*fp32",  # [total_q, NUM_Q_HEADS], natural logarithm
-    stride_out_row: "i64",
-    stride_out_head: "i64",
-    total_q: "i64",
-    max_q: "i32",
-    num_splits: "i32",
-):
-    """One row of one head out of its partial results; programs are (row x request, head)."""
-    row = tl.program_id(0) % max_q
-    request = tl.program_id(0) // max_q
-    head = tl.program_id(1)
-    first_row = tl.load(cu_q + request)
-    q_len = tl.load(cu_q + request + 1) - first_row
-    kv_len = tl.load(kv_lens + request)
-    if row >= q_len:
-        return
-    num_keys = tl.maximum(kv_len, 0)
-    used_splits = tl.cdiv(num_keys, keys_per_split(num_keys, num_splits))
-    v_dims = tl.arange(0, BLOCK_V_DIM)
-    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
-    total_max = tl.full([], NEG_INF, tl.float32)
-    total_sum = tl.full([], 0.0, tl.float32)
-    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
-        splits = first_split + tl.arange(0, MERGE_SPLITS)
-        used = splits < used_splits
-        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
-        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
-        split_out = tl.load(
-            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
-            mask=used[:, None],
-            other=0.0,
+    tl.store(partial_rows, acc, mask=live[:, None])
+    tl.store(partial_lse + partial, row_lse, mask=live)
+    # Every thread has stored before one of them says so, and reads others' results after it has heard of the last.
+    tl.debug_barrier()
+    arrived = used_splits - 1
+    if used_splits > 1:
+        arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+    if arrived == used_splits - 1:
+        tl.store(arrivals + tl.program_id(0), 0, mask=used_splits > 1)  # as the next launch wants it
+        merge_tile(
+            partial_out, partial_lse, out, lse, tile, kv_head, first_row, q_len, used_splits,
+            total_q, stride_out_row, stride_out_head
         )
-        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
-        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
-        weights = tl.exp2(split_lse - shift)
-        rescale = tl.exp2(total_max - shift)
-        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
-        total_sum = total_sum * rescale + tl.sum(weights, 0)
-        total_max = new_max
-    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    tl.store(
-        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
-        (acc / total_sum).to(out.dtype.element_ty),
-    )
-    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
 
 
 @triton.jit(
@@ -273,7 +303,6 @@ def score_keys(
 # Without fusing multiplications into additions, results do not change with what else a function computes.
 KERNELS = {
     attend_splits: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
-    merge_splits: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
     score_keys: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False},
 }
 
@@ -287,6 +316,11 @@ def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Splits of every request's keys: enough blocks to fill the device, and no more splits than tiles."""
     blocks = row_tiles_of(max_q) * NUM_KV_HEADS.value * batch
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), triton.cdiv(max_kv, BLOCK_N.value)))
+
+
+def num_arrivals(num_sms: int) -> int:
+    """Counters of a launch: each is of a tile that several splits share, of which the grid has two blocks or more."""
+    return max(1, CTAS_PER_SM * num_sms // 2)
 
 
 def scratch_bytes(total_q: int, batch: int, row_tiles: int, max_kv: int, splits: int) -> list[int]:
@@ -316,11 +350,15 @@ def launch(
     lse: torch.Tensor,
     scores: torch.Tensor,
     workspace: torch.Tensor,
+    arrivals: torch.Tensor,
     max_q: int,
     max_kv: int,
     num_sms: int,
 ) -> None:
-    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device."""
+    """Enqueues the kernels on the current stream; allocates nothing and never waits for the device.
+
+    arrivals [num_arrivals] int32 is 0 before and after, and belongs to one launch at a time.
+    """
     total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, batch, row_tiles, max_kv, splits)
@@ -339,30 +377,21 @@ def launch(
         cu_q,
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
+        arrivals,
+        out,
+        lse,
         lse_ref,
         shares,
         q.stride(0),
         q.stride(1),
+        out.stride(0),
+        out.stride(1),
         page_table.stride(0),
         *shares.stride()[:3],
         total_q,
         row_tiles,
         splits,
         **KERNELS[attend_splits],
-    )
-    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
-        partial_out.view(torch.float32),
-        partial_lse.view(torch.float32),
-        kv_lens,
-        cu_q,
-        out,
-        lse,
-        out.stride(0),
-        out.stride(1),
-        total_q,
-        max_q,
-        splits,
-        **KERNELS[merge_splits],
     )
     if row_tiles > 1:
         score_tiles = triton.cdiv(scores.shape[2], SCORE_BLOCK_N.value)

@@ -31,7 +31,8 @@ LOGIT_SCALE = tl.constexpr(0.08838834764831843 * LOG2E.value)  # logits are kept
 
 BLOCK_M = tl.constexpr(32)  # packed rows of a tile; row m is query row m // GROUP of head m % GROUP
 BLOCK_N = tl.constexpr(64)  # keys of an iteration
-MERGE_SPLITS = tl.constexpr(16)  # partial results merged at a time
+MERGED_ROWS = tl.constexpr(4)  # packed rows that a block merges at a time, and
+MERGED_AT_ONCE = tl.constexpr(8)  # partial results of theirs under way
 CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCORE_HEADS = tl.constexpr(32)  # query heads averaged into one score
@@ -115,7 +116,8 @@ def attend_splits(
     prefix = kv_len - q_len  # position of the first row
     if tile * BLOCK_M >= q_len * GROUP:
         return
-    chunk = keys_per_split(kv_len, num_splits)
+    num_keys = tl.maximum(kv_len, 0)
+    chunk = keys_per_split(num_keys, num_splits)
     begin = split * chunk
     end = tl.minimum(begin + chunk, kv_len)
     if begin >= end:
@@ -159,14 +161,65 @@ def attend_splits(
         dump_tiles = dump_rows * (dump_columns // BLOCK_N) + start // BLOCK_N
         tl.store(dump_max + dump_tiles, shift, mask=scored & (start < prefix))
 
-    partial = (split * total_q + first_row + rows) * NUM_Q_HEADS + heads
     row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    acc = acc / row_sum[:, None]
+    row_lse = row_max + tl.log2(row_sum)
+    rows += first_row
+    partial = (split * total_q + rows) * NUM_Q_HEADS + heads
     partial_rows = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
-    tl.store(partial_rows, acc / row_sum[:, None], mask=live[:, None])
-    tl.store(partial_lse + partial, row_max + tl.log2(row_sum), mask=live)
+    tl.store(partial_rows, acc, mask=live[:, None])
+    tl.store(partial_lse + partial, row_lse, mask=live)
 
 
-@triton.jit(do_not_specialize=["total_q", "max_q", "num_splits"])
+@triton.jit
+def merge_split(acc, row_max, row_sum, split_out, split_lse):
+    """One split's result [M, Dv] and base-2 log-sum-exp [M] go into acc [M, Dv], row_max and row_sum [M]."""
+    new_max = tl.maximum(row_max, split_lse)
+    shift = tl.where(new_max == NEG_INF, 0.0, new_max)
+    weight = tl.exp2(split_lse - shift)
+    rescale = tl.exp2(row_max - shift)
+    return acc * rescale[:, None] + split_out * weight[:, None], new_max, row_sum * rescale + weight
+
+
+@triton.jit
+def merge_partials(partial_out, partial_lse, partial, live, first_split, end_split, total_q):
+    """Merges the partial results of splits one after the other, so that rounding knows neither grid nor layout."""
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    acc = tl.zeros([MERGED_ROWS, BLOCK_V_DIM], tl.float32)
+    row_max = tl.full([MERGED_ROWS], NEG_INF, tl.float32)
+    row_sum = tl.zeros([MERGED_ROWS], tl.float32)
+    lse_of = partial_lse + partial
+    out_of = partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :]
+    for first in tl.range(first_split, end_split, MERGED_AT_ONCE):
+        for place in tl.static_range(MERGED_AT_ONCE):
+            used = live & (first + place < end_split)
+            distance = (first + place) * total_q * NUM_Q_HEADS
+            split_out = tl.load(out_of + distance * V_HEAD_DIM, mask=used[:, None], other=0.0)
+            split_lse = tl.load(lse_of + distance, mask=used, other=NEG_INF)
+            acc, row_max, row_sum = merge_split(acc, row_max, row_sum, split_out, split_lse)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def merge_rows(
+    partial_out, partial_lse, out, lse, first_packed, kv_head, first_row, q_len, first_split, end_split,
+    total_q, stride_out_row, stride_out_head
+):
+    """Final results of some packed rows of a KV head."""
+    packed = first_packed + tl.arange(0, MERGED_ROWS)
+    live = packed < q_len * GROUP
+    rows = first_row + packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    partial = rows.to(tl.int64) * NUM_Q_HEADS + heads  # in the first split
+    acc, row_max, row_sum = merge_partials(partial_out, partial_lse, partial, live, first_split, end_split, total_q)
+    row_sum = tl.where(row_sum > 0.0, row_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
+    v_dims = tl.arange(0, BLOCK_V_DIM)
+    out_rows = out + rows * stride_out_row + heads * stride_out_head
+    tl.store(out_rows[:, None] + v_dims[None, :], acc / row_sum[:, None], mask=live[:, None])
+    tl.store(lse + rows * NUM_Q_HEADS + heads, (row_max + tl.log2(row_sum)) * LN2, mask=live)
+
+
+@triton.jit(do_not_specialize=["total_q", "row_blocks", "num_splits"])
 def merge_splits(
     partial_out: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
     partial_lse: "*fp32",  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -177,47 +230,24 @@ def merge_splits(
     stride_out_row: "i64",
     stride_out_head: "i64",
     total_q: "i64",
-    max_q: "i32",
+    row_blocks: "i32",
     num_splits: "i32",
 ):
-    """One row of one head out of its partial results; programs are (row x request, head)."""
-    row = tl.program_id(0) % max_q
-    request = tl.program_id(0) // max_q
-    head = tl.program_id(1)
+    """Some packed rows of a KV head out of their partial results; programs are (rows x request, KV head)."""
+    place = tl.program_id(0) % row_blocks
+    request = tl.program_id(0) // row_blocks
+    kv_head = tl.program_id(1)
     first_row = tl.load(cu_q + request)
     q_len = tl.load(cu_q + request + 1) - first_row
     kv_len = tl.load(kv_lens + request)
-    if row >= q_len:
+    if place * MERGED_ROWS >= q_len * GROUP:
         return
     num_keys = tl.maximum(kv_len, 0)
     used_splits = tl.cdiv(num_keys, keys_per_split(num_keys, num_splits))
-    v_dims = tl.arange(0, BLOCK_V_DIM)
-    acc = tl.zeros([BLOCK_V_DIM], tl.float32)
-    total_max = tl.full([], NEG_INF, tl.float32)
-    total_sum = tl.full([], 0.0, tl.float32)
-    for first_split in tl.range(0, used_splits, MERGE_SPLITS):
-        splits = first_split + tl.arange(0, MERGE_SPLITS)
-        used = splits < used_splits
-        partial = (splits * total_q + first_row + row) * NUM_Q_HEADS + head
-        split_lse = tl.load(partial_lse + partial, mask=used, other=NEG_INF)
-        split_out = tl.load(
-            partial_out + partial[:, None] * V_HEAD_DIM + v_dims[None, :],
-            mask=used[:, None],
-            other=0.0,
-        )
-        new_max = tl.maximum(total_max, tl.max(split_lse, 0))
-        shift = tl.where(new_max == NEG_INF, 0.0, new_max)
-        weights = tl.exp2(split_lse - shift)
-        rescale = tl.exp2(total_max - shift)
-        acc = acc * rescale + tl.sum(split_out * weights[:, None], 0)
-        total_sum = total_sum * rescale + tl.sum(weights, 0)
-        total_max = new_max
-    total_sum = tl.where(total_sum > 0.0, total_sum, 1.0)  # a row that saw nothing: acc 0, maximum -inf
-    tl.store(
-        out + (first_row + row) * stride_out_row + head * stride_out_head + v_dims,
-        (acc / total_sum).to(out.dtype.element_ty),
+    merge_rows(
+        partial_out, partial_lse, out, lse, place * MERGED_ROWS, kv_head, first_row, q_len, 0, used_splits,
+        total_q, stride_out_row, stride_out_head
     )
-    tl.store(lse + (first_row + row) * NUM_Q_HEADS + head, (total_max + tl.log2(total_sum)) * LN2)
 
 
 @triton.jit(do_not_specialize=["stride_scores_request", "stride_scores_row", "score_tiles", "dump_columns"])
@@ -344,7 +374,8 @@ def launch(
         dump_columns,
         **KERNELS[attend_splits],
     )
-    merge_splits[(max_q * batch, NUM_Q_HEADS.value)](
+    row_blocks = triton.cdiv(max_q * GROUP.value, MERGED_ROWS.value)
+    merge_splits[(row_blocks * batch, NUM_KV_HEADS.value)](
         partial_out.view(torch.float32),
         partial_lse.view(torch.float32),
         kv_lens,
@@ -354,7 +385,7 @@ def launch(
         out.stride(0),
         out.stride(1),
         total_q,
-        max_q,
+        row_blocks,
         splits,
         **KERNELS[merge_splits],
     )
