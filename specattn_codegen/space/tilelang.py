@@ -15,7 +15,7 @@ SERVED = ("verify_attention", "sparse_attention")
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
-USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
+USABLE_REGISTERS = 112  # of 255 a thread; with more, binaries were seen to spill: addresses and operands take the rest
 WARP_ROWS = 16  # of the smallest product of tensor cores
 WARP_KEYS = 8
 
@@ -31,7 +31,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     attention = (
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (32, 64, 128)),
-        Axis("num_warps", (4, 8)),
+        Axis("num_warps", (2, 4, 8)),
         Axis("num_stages", (1, 2) if spec.op == "verify_attention" else (1,)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
         Axis("split_keys", (0, *SPLIT_KEYS)),
@@ -71,7 +71,10 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
         raise SpecError(reason)
     plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
     if not plans:
-        raise SpecError(f"head_dim={spec.heads.head_dim}: no TileLang tile of it fits {arch.name}; use at most 256")
+        raise SpecError(
+            f"head_dim={spec.heads.head_dim}, v_head_dim={spec.heads.v_head_dim}: no TileLang tile of them fits "
+            f"{arch.name}; use backend triton"
+        )
     roomy = (plan for plan in plans if BLOCKS_PER_SM * smem_bytes(plan, spec, arch) <= arch.smem_per_sm)
     return next(roomy, plans[-1])
 
@@ -85,12 +88,12 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
     packed = spec.heads.group * (EXPECTED_ROWS if spec.op == "verify_attention" else 1)
     block_ms = [block_m for block_m in (64, 32, 16) if block_m == WARP_ROWS or block_m // 2 < packed]
     stages = (2, 1) if spec.op == "verify_attention" else (1,)
-    for block_m, block_n, num_stages in itertools.product(block_ms, (64, 32), stages):
+    for block_m, block_n, num_stages, num_warps in itertools.product(block_ms, (64, 32), stages, (4, 2)):
         plan = Plan.of(
             "tilelang",
             block_m=block_m,
             block_n=block_n,
-            num_warps=4,
+            num_warps=num_warps,
             num_stages=num_stages,
             ctas_per_sm=BLOCKS_PER_SM,
             split_keys=0,
@@ -110,8 +113,9 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
 
 
 def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
-    """32-bit registers a thread needs for the output tile, the logits and the weights."""
-    elements = plan.integer("block_m") * (spec.heads.v_head_dim + 2 * plan.integer("block_n"))
+    """32-bit registers a thread needs for the output tile, the logits, the weights and what is averaged of them."""
+    tiles = 3 if plan.as_dict().get("score_method") == "fused" else 2
+    elements = plan.integer("block_m") * (spec.heads.v_head_dim + tiles * plan.integer("block_n"))
     return elements // (plan.integer("num_warps") * arch.warp_size)
 
 
