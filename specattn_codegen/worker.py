@@ -148,16 +148,21 @@ class WorkerPool(Generic[JobType]):
             variables.pop(name, None)
             if value is not None:
                 variables[name] = value
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            env=variables,
-        )
-        theirs.close()
-        channel = connection.Connection(ours.detach())
-        self._workers.append(_Worker(process, channel, job, started=False, deadline=time.monotonic() + STARTUP_S))
+        # Ctrl-C waits until the worker is among those that are killed at the end.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                env=variables,
+            )
+            theirs.close()
+            channel = connection.Connection(ours.detach())
+            self._workers.append(_Worker(process, channel, job, started=False, deadline=time.monotonic() + STARTUP_S))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _send(self, worker: _Worker[JobType]) -> None:
         # A worker that died while idle is noticed by the read that follows.
@@ -237,13 +242,10 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     channel = connection.Connection(descriptor)
-    channel.send(_Ready())
-    while True:
-        try:
-            pickled_job = channel.recv_bytes()
-        except EOFError:
-            return
-        channel.send(_attempt(pickled_job))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever started it has gone
+        channel.send(_Ready())
+        while True:
+            channel.send(_attempt(channel.recv_bytes()))
 
 
 def _attempt(pickled_job: bytes) -> _Message:
