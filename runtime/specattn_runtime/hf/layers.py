@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +13,7 @@ from transformers import PreTrainedModel
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.model_config import parse_config
-from specattn_codegen.policy import Policy
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.dispatch import Kernels, load_kernels
 from specattn_runtime.kernels_protocol import AttentionKernels
 
@@ -34,55 +33,14 @@ class SinkKernels:
     def heads(self) -> HeadConfig:
         return self.kernels.heads
 
-    def verify_attention(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        *,
-        max_q: int,
-        max_kv: int | None = None,
-        score: ScoreSpec | None = None,
-        lse_ref: torch.Tensor | None = None,
-    ) -> VerifyOutput:
-        rows = {"max_q": max_q, "max_kv": max_kv, "sinks": self.sinks}
-        return self.kernels.verify_attention(
-            q, k_cache, v_cache, page_table, kv_lens, cu_q, score=score, lse_ref=lse_ref, **rows
-        )
+    def verify_attention(self, *rows: Any, **options: Any) -> VerifyOutput:
+        return self.kernels.verify_attention(*rows, **options, sinks=self.sinks)
 
-    def select_kv(
-        self,
-        scores: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        policy: Policy,
-        *,
-        sink: int = 0,
-        recent: int = 0,
-        block: int = 1,
-    ) -> Selection:
-        return self.kernels.select_kv(scores, prefix_lens, policy, sink=sink, recent=recent, block=block)
+    def select_kv(self, *scores: Any, **options: Any) -> Selection:
+        return self.kernels.select_kv(*scores, **options)
 
-    def sparse_attention(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        kv_lens: torch.Tensor,
-        cu_q: torch.Tensor,
-        selection: Selection,
-        tail_start: torch.Tensor,
-        *,
-        max_q: int,
-        max_kv: int | None = None,
-    ) -> SparseOutput:
-        rows = {"max_q": max_q, "max_kv": max_kv, "sinks": self.sinks}
-        return self.kernels.sparse_attention(
-            q, k_cache, v_cache, page_table, kv_lens, cu_q, selection, tail_start, **rows
-        )
+    def sparse_attention(self, *rows: Any, **options: Any) -> SparseOutput:
+        return self.kernels.sparse_attention(*rows, **options, sinks=self.sinks)
 
 
 def layer_kernels(model: PreTrainedModel, page_size: int) -> tuple[tuple[HeadConfig, ...], list[AttentionKernels]]:
