@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -26,6 +27,7 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 PENALTY_RATIO = 4.0  # over the largest real value told so far
 # Proposals in a row that were known or infeasible, after which one untried feasible plan is drawn at random.
 MOST_REPEATS = 40
+SAYS_WITHIN_S = 5.0  # from a trial's number to what it tries: milliseconds where its process is alive
 STARTUP_TRIALS = 10  # before a sampler trusts what it has seen
 
 _MAKERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
@@ -229,12 +231,19 @@ class Search:
     def _is_too_late(self, mine: optuna.Trial, plan: Plan) -> bool:
         """Whether others took the same plan, or the last of the trials, first: of those who ask at once the lowest
         number has it."""
-        earlier = {
-            self._plan_of(trial.params)
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.number < mine.number and self._counts(trial)
-        }
+        earlier = {self._plan_of(trial.params) for trial in self._before(mine) if self._counts(trial)}
         return plan in earlier or len(earlier) >= self._budget
+
+    def _before(self, mine: optuna.Trial) -> list[FrozenTrial]:
+        """The trials with lower numbers, once each that is under way has said what it tries; one whose worker died
+        before it could is not waited for longer than SAYS_WITHIN_S."""
+        deadline = time.monotonic() + SAYS_WITHIN_S
+        while True:
+            before = [trial for trial in self._study.get_trials(deepcopy=False) if trial.number < mine.number]
+            silent = [t for t in before if t.state == TrialState.RUNNING and len(t.params) < len(self._axes)]
+            if not silent or time.monotonic() > deadline:
+                return before
+            time.sleep(0.005)
 
 
 def _evenly(plans: Sequence[Plan], count: int) -> list[Plan]:

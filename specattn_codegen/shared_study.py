@@ -9,12 +9,14 @@ import contextlib
 import datetime as dt
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -101,7 +103,9 @@ def open_storage(url: str) -> BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(path)))
     if parts.scheme == "grpc":
-        return GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or GRPC_PORT)
+        with warnings.catch_warnings():  # its interface may change, which is for us to follow
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or GRPC_PORT)
     if not parts.scheme:
         raise SpecError(f"--storage {url}: must be journal:PATH, grpc://HOST:PORT or a database URL")
     try:

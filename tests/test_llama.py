@@ -37,7 +37,9 @@ def checkpoint_folder(case: str, scratch: Path) -> Path:
 def dense_logits(model: Llama, prompt: bytes) -> torch.Tensor:
     """Logits of every position [N, vocab], by SDPA alone."""
     cache, rows = one_request(model, len(prompt))
-    return all_logits(model, prompt, rows, Prefill(cache=cache, rows=rows))
+    return all_logits(
+        model, prompt, rows, Prefill(kernels=[ReferenceKernels(model.heads)] * model.num_layers, cache=cache, rows=rows)
+    )
 
 
 def one_request(model: Llama, length: int) -> tuple[PagedCache, Rows]:
@@ -92,7 +94,7 @@ def test_verification_of_every_row_computes_what_prefill_does() -> None:
     expected = dense_logits(model, PROMPT[:40])
     cache, rows = one_request(model, 40)
     attention = Verify(
-        kernels=ReferenceKernels(model.config.heads),
+        kernels=[ReferenceKernels(model.heads)] * model.num_layers,
         cache=cache,
         rows=rows,
         score=ScoreSpec(rows="ends", heads="layer"),

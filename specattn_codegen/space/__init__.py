@@ -67,6 +67,8 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
     if plan.backend not in backends_for(arch):
         return f"backend {plan.backend} does not run on {arch.name}"
+    if plan.backend == "tilelang" and (reason := tilelang.why_unserved(spec)) is not None:
+        return reason
     choices = {axis.name: axis.values for axis in axes(spec, plan.backend)}
     settings = plan.as_dict()
     if settings.keys() != choices.keys():

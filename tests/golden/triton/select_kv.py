@@ -19,6 +19,7 @@ import triton.language as tl
 
 BLOCK_N = tl.constexpr(2048)  # scores of an iteration
 BLOCK_MASS = tl.constexpr(1024)  # of one that sums up scores by digit
+BLOCK_UNION = tl.constexpr(1024)  # columns of one that unites rows
 RADIX_BITS = tl.constexpr(8)
 RADIX_BINS = tl.constexpr(256)
 MASS_BITS = tl.constexpr(4)
@@ -605,18 +606,18 @@ def unite_rows(
     prefix = tl.cdiv(keys, block)
     for phase in tl.range(first_phase, last_phase):
         if phase == 0:
-            for start in tl.range(0, prefix, BLOCK_N):
-                positions = start + tl.arange(0, BLOCK_N)
-                tl.store(row_members + positions, tl.zeros([BLOCK_N], tl.int32), mask=positions < prefix)
+            for start in tl.range(0, prefix, BLOCK_UNION):
+                positions = start + tl.arange(0, BLOCK_UNION)
+                tl.store(row_members + positions, tl.zeros([BLOCK_UNION], tl.int32), mask=positions < prefix)
         elif phase == 1:
-            for start in tl.range(0, united * row_width, BLOCK_N):
-                places = start + tl.arange(0, BLOCK_N)
+            for start in tl.range(0, united * row_width, BLOCK_UNION):
+                places = start + tl.arange(0, BLOCK_UNION)
                 taken = tl.load(row_lists + places, mask=places < united * row_width, other=-1)
-                tl.store(row_members + taken, tl.full([BLOCK_N], 1, tl.int32), mask=taken >= 0)
+                tl.store(row_members + taken, tl.full([BLOCK_UNION], 1, tl.int32), mask=taken >= 0)
         else:
             total = 0
-            for start in tl.range(0, prefix, BLOCK_N):
-                positions = start + tl.arange(0, BLOCK_N)
+            for start in tl.range(0, prefix, BLOCK_UNION):
+                positions = start + tl.arange(0, BLOCK_UNION)
                 member = tl.load(row_members + positions, mask=positions < prefix, other=0)
                 places = total + tl.cumsum(member, 0) - member
                 tl.store(row_out + places, positions, mask=member > 0)
@@ -625,7 +626,7 @@ def unite_rows(
                         row_slots, row_table, places, positions, member > 0, pages, slots_per_page, slot_words
                     )
                 total += tl.sum(member, 0)
-            pad_row(row_out, row_slots, total, width, BLOCK_N, slot_words)
+            pad_row(row_out, row_slots, total, width, BLOCK_UNION, slot_words)
             tl.store(counts + row, total)
         tl.debug_barrier()  # what this phase wrote, other threads of the block read in the next
 
