@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     StoppingCriteria,
 )
 
@@ -51,6 +52,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "qwen2": Qwen2Config(**WITHOUT_HEAD_DIM),
     "qwen3": Qwen3Config(**SIZES),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "mistral": MistralConfig(**SIZES, **WINDOW),
     "gemma2": Gemma2Config(**SIZES, **WINDOW, query_pre_attn_scalar=12, final_logit_softcapping=5.0),
     "gemma3": Gemma3TextConfig(

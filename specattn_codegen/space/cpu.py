@@ -57,7 +57,7 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
         return Plan.of("cpu", sampled=1024)
     product, key_tile = "fma", 64 if _has_a_selection_per_head(spec) else 32  # whose tiles are fetched at once
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
-        product, key_tile = ("amx", 64) if arch.target in PRODUCT_TARGETS["amx"] else ("bf16", 32)
+        product, key_tile = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16", 64
     whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",

@@ -38,7 +38,7 @@ typedef bf16 Element;  // of q and out
 typedef bf16 Cached;  // of the KV cache
 
 // ---- the plan ----
-constexpr int KEY_TILE = 32;
+constexpr int KEY_TILE = 64;
 constexpr int HEADS_PER_TASK = NUM_KV_HEADS;
 
 // ---- vectors: avx512-bf16 ----
