@@ -23,6 +23,7 @@ from benchmarks.gpu.rounds import Round, Shape, drawn_llama
 from benchmarks.gpu.session import NOT_A_GPU, Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE, rehearsed
 from specattn_codegen import build, cpu_info, space
+from specattn_codegen.cost_model.calibration import Observation, fit, rank_correlation
 from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import render_for
 from specattn_codegen.policy import TopK
@@ -257,28 +258,30 @@ def test_flashinfer_is_given_our_pages() -> None:
 
 
 def test_ranks_correlate_as_spearman_has_it() -> None:
-    assert model.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
-    assert model.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     # 1 - 6 * (1 + 1 + 0 + 1 + 1) / (5 * 24)
-    assert model.rank_correlation([1, 2, 3, 4, 5], [2, 1, 3, 5, 4]) == pytest.approx(0.8)
-    assert model.rank_correlation([1, 1, 2], [5, 5, 7]) == pytest.approx(1.0)
-    assert model.rank_correlation([1, 1, 1], [5, 6, 7]) == 0.0
+    assert rank_correlation([1, 2, 3, 4, 5], [2, 1, 3, 5, 4]) == pytest.approx(0.8)
+    assert rank_correlation([1, 1, 2], [5, 5, 7]) == pytest.approx(1.0)
+    assert rank_correlation([1, 1, 1], [5, 6, 7]) == 0.0
 
 
 def test_calibration_finds_what_slows_a_device_down() -> None:
     found = model.made_up()
-    factors = model.fitted(found)
+    factors = fit(found)
     assert factors["memory"] == pytest.approx(4 / 3, rel=0.1)
     assert factors["launch"] > 1.3
-    plain = [abs(one.prediction.latency_us / one.measured_us - 1) for one in found]
-    scaled = [abs(model.scaled_us(one.prediction, factors) / one.measured_us - 1) for one in found]
+    plain = [abs(one.predicted_us({}) / one.measured_us - 1) for one in found]
+    scaled = [abs(one.predicted_us(factors) / one.measured_us - 1) for one in found]
     assert sum(scaled) < 0.3 * sum(plain)
 
 
 def test_calibration_believes_the_model_where_nothing_was_measured() -> None:
-    assert model.fitted([]) == dict.fromkeys(model.LIMITS, 1.0)
-    only_launches = [one for one in model.made_up() if one.prediction.bound.endswith("launch")]
-    assert model.fitted(only_launches)["l2"] == pytest.approx(1.0)
+    assert fit([]) == {}
+    launches = [Observation(case="small", measured_us=9.0, terms={"launch": 3.0, "l2": 0.0})] * 5
+    factors = fit(launches)
+    assert factors["l2"] == pytest.approx(1.0)
+    assert 2.5 < factors["launch"] < 3.0
 
 
 def test_importing_what_runs_on_a_bare_machine_takes_few_packages() -> None:

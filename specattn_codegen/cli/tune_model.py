@@ -14,7 +14,7 @@ from specattn_codegen.cli.progress import microseconds
 from specattn_codegen.cli.tune_replay import arch_of, read_measured
 from specattn_codegen.cli.tune_request import Request
 from specattn_codegen.cost_model import Prediction
-from specattn_codegen.cost_model.calibration import Agreement, Observation, agreement, fit
+from specattn_codegen.cost_model.calibration import Agreement, Observation, agreement, fit, terms_by_limit
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.outcome import Status
@@ -113,8 +113,5 @@ def observe(trial: Record) -> Observation | None:
         prediction = cost_model.predict(trial.spec, trial.workload, trial.plan, arch, trial.outcome.resources)
     except SpecError:
         return None
-    terms: dict[str, float] = {}
-    for term in prediction.terms:
-        terms[term.limit] = terms.get(term.limit, 0.0) + term.microseconds
     case = f"{trial.spec.heads.name} {trial.spec.name} {trial.workload.name}"
-    return Observation(case=case, measured_us=trial.outcome.timings[0].median_us, terms=terms)
+    return Observation(case=case, measured_us=trial.outcome.timings[0].median_us, terms=terms_by_limit(prediction))
