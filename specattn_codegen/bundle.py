@@ -21,12 +21,13 @@ from specattn_codegen.digest import canonical_json
 from specattn_codegen.environment import Silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import render_for
+from specattn_codegen.outbox import require_saved
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.shortlist import Shortlisted, shortlist
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task
+from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task, winners_of
 from specattn_codegen.workforce import Workforce
 
 SCHEMA_VERSION = 1
@@ -124,21 +125,25 @@ def measure(folder: Path, listener: Listener, budget: Budget, workforce: Workfor
     for one in bundle.wanted:
         _require_same_sources(one, arch)
     target = Target(arch=arch, backend=bundle.backend, is_present=True, page_size=bundle.page_size)
-    winners: list[Entry] = []
+    found: list[Entry] = []
     for heads, group in itertools.groupby(bundle.wanted, key=lambda one: one.spec.heads):
         lists = {one.task: one.plans for one in group}
 
+        winners = winners_of(folder / PACKS, target, heads)
+
         def publish(entries: Sequence[Entry]) -> None:
-            if entries:
-                winners.extend(entries)
-                pack.publish(folder / PACKS, arch, heads, entries)  # noqa: B023 - called before the next group
+            found.extend(entries)
+            winners.send(entries)  # noqa: B023 - called before the next group
 
         def search_for(task: Task) -> Shortlisted:
             return Shortlisted(lists[task])  # noqa: B023 - called before the next group
 
         logbook = Logbook.open(target, heads, folder / RECORDS)
-        tune_measured(list(lists), target, budget, logbook, listener, publish, search_for, workforce)
-    return winners
+        try:
+            tune_measured(list(lists), target, budget, logbook, listener, publish, search_for, workforce)
+        finally:
+            require_saved(logbook.records, winners)
+    return found
 
 
 def _require_same_sources(wanted: Wanted, arch: Arch) -> None:

@@ -75,6 +75,12 @@ class Entry:
         if (self.chosen_by == "measured") != (self.proved_by == "device"):
             raise PackError(f"chosen_by={self.chosen_by}, proved_by={self.proved_by}: measured goes with device")
 
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"winner of {self.spec.name} {self.workload.name}, {self.plan}: {self.chosen_by} {self.latency_us:.1f} us"
+        )
+
     @property
     def is_understood(self) -> bool:
         """Whether what is computed, at which sizes and how has no field that this version does not know."""

@@ -75,6 +75,12 @@ class Record:
             self.environment.specattn_codegen,
         )
 
+    def summary(self) -> str:
+        """One line for people."""
+        sizes = f" {self.workload.name}" if self.workload else ""
+        time = f" {self.outcome.timings[0].median_us:.1f} us" if self.outcome.timings else ""
+        return f"{self.stage} of {self.spec.name}{sizes}, {self.plan}: {self.outcome.status.value}{time}"
+
     @property
     def offence(self) -> tuple[str, str, str] | None:
         """What killed or hung a worker: the binary by its digest, silicon and compiler; None for a well-behaved one."""

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from optuna.storages import BaseStorage
 
-from specattn_codegen import environment, pack, paths, seeds, space
+from specattn_codegen import environment, paths, seeds, space
 from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
 from specattn_codegen.measure import POLICY
-from specattn_codegen.pack import Entry
+from specattn_codegen.outbox import require_saved
 from specattn_codegen.search import Sampler, Search, Strategy, space_of
 from specattn_codegen.shared_study import Share, worker_name
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_measured import tune_measured
 from specattn_codegen.tune_modelled import tune_modelled
-from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task
+from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task, winners_of
 from specattn_codegen.workforce import Workforce, processes
 
 
@@ -58,15 +58,13 @@ def tune(
 ) -> None:
     """Tunes one HeadConfig and merges each task's winners into its pack under `out` as soon as they stand.
 
-    Raises BuildError where the machine cannot build at all, PackError for a pack that must not be added to, OSError
-    for a disk that takes no more. Ctrl-C passes through, with what was found so far in the pack.
+    Where the disk takes no more records or winners the run goes on in memory, and raises UnsavedError with all of them
+    at its end. Raises BuildError where the machine cannot build at all, PackError for a pack that must not be added to.
+    Ctrl-C passes through, with what was found so far in the pack.
     """
     (heads,) = {task.spec.heads for task in tasks}
     logbook = Logbook.open(target, heads)
-
-    def publish(winners: Sequence[Entry]) -> None:
-        if winners:
-            pack.publish(out, target.arch, heads, winners)
+    winners = winners_of(out, target, heads)
 
     def search_for(task: Task) -> Search:
         share = None
@@ -77,4 +75,7 @@ def tune(
         return Search(space_of(task.spec, target.arch, target.backend), seeds=found, strategy=strategy)
 
     strategy = tune_measured if target.is_present else tune_modelled
-    strategy(tasks, target, budget, logbook, listener, publish, search_for, method.workforce)
+    try:
+        strategy(tasks, target, budget, logbook, listener, winners.send, search_for, method.workforce)
+    finally:
+        require_saved(logbook.records, winners)

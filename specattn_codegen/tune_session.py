@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from specattn_codegen import environment, record
+from specattn_codegen import environment, pack, record
 from specattn_codegen.arch import Arch
 from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment
@@ -18,6 +18,7 @@ from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import CompileJob, InterpretJob, MeasureJob, interpreted_twin, render_for
 from specattn_codegen.measure import POLICY
+from specattn_codegen.outbox import Outbox
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Backend, Plan
@@ -150,13 +151,24 @@ def measure_job(
 
 @dataclass(slots=True)
 class Logbook:
-    """Trials of one HeadConfig on one processor: what is recorded already is not run again."""
+    """Trials of one HeadConfig on one processor: what is recorded already is not run again.
+
+    records  on their way to `path`
+    """
 
     target: Target
     path: Path | None  # None where nothing is written
     environment: Environment
     known: dict[Identity, Record] = field(default_factory=dict)
     offences: Counter[tuple[str, str, str] | None] = field(default_factory=Counter)
+    records: Outbox[Record] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.records = Outbox(self.path, self._append, Record.summary)
+
+    def _append(self, trial: Record) -> None:
+        if self.path is not None:
+            record.append(self.path, trial)
 
     @classmethod
     def open(cls, target: Target, heads: HeadConfig, path: Path | None = None) -> Logbook:
@@ -186,7 +198,8 @@ class Logbook:
         trials: Sequence[Trial],
         predict: Callable[[Trial, Outcome], Mapping[str, float]] | None = None,
     ) -> list[Record]:
-        """The records of `trials`, in their order. Those that have to run are appended to the file as they finish."""
+        """The records of `trials`, in their order. Those that have to run are appended to the file as they finish, or
+        wait for a disk that takes them."""
         blanks = [self.blank(trial) for trial in trials]
         fresh: dict[Identity, Record] = {}
         waiting: dict[TuningJob, tuple[Trial, Record]] = {}
@@ -203,8 +216,7 @@ class Logbook:
             trial, blank = waiting[job]
             predicted_us = predict(trial, outcome) if predict else {}
             finished = dataclasses.replace(blank, outcome=outcome, predicted_us=predicted_us)
-            if self.path is not None:
-                record.append(self.path, finished)
+            self.records.send([finished])
             fresh[finished.identity] = finished
             self._keep(finished)
         return [fresh.get(blank.identity) or self.known[blank.identity] for blank in blanks]
@@ -226,6 +238,12 @@ class Logbook:
             policy=POLICY if trial.stage == "measure" else "",
             outcome=Outcome(status=Status.INVALID, detail="not tried"),
         )
+
+
+def winners_of(root: Path, target: Target, heads: HeadConfig) -> Outbox[Entry]:
+    """Winners on their way to the pack of these heads under `root`."""
+    path = pack.pack_path(root, target.arch, heads)
+    return Outbox(path, lambda winner: pack.publish(root, target.arch, heads, [winner]), Entry.summary)
 
 
 def require_default(trial: Record) -> None:

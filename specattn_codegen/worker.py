@@ -22,7 +22,7 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from specattn_codegen.errors import BuildError, SpecAttnError, SpecError
+from specattn_codegen.errors import BuildError, CacheError, SpecAttnError, SpecError, is_of_the_disk
 from specattn_codegen.outcome import DIED, HUNG, Outcome, Status
 
 STARTUP_S = 180.0  # importing torch on a busy machine; a candidate's own deadline starts after it
@@ -55,11 +55,18 @@ class _Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class _Full:
+    """The disk took no more, which says nothing about the candidate."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Bug:
     text: str
 
 
-_Message = _Ready | _Refused | _Bug | Outcome
+_Message = _Ready | _Refused | _Full | _Bug | Outcome
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +118,8 @@ class WorkerPool(Generic[JobType]):
         """Yields (job, outcome) as jobs finish; a caller that stops early kills what it did not wait for.
 
         A job is taken from `jobs` only when a worker is free for it, so the iterable may decide what comes next from
-        what came back. Raises WorkerError for a bug in a job and SpecError for a mistake only the worker could see.
+        what came back. Raises WorkerError for a bug in a job, SpecError for a mistake only the worker could
+        see, and CacheError where the disk took no more.
         """
         begun, self._begun = self._begun, []
         waiting = itertools.chain(begun, jobs)
@@ -199,6 +207,8 @@ class WorkerPool(Generic[JobType]):
                 raise WorkerError(text)
             case _Refused(text):
                 raise SpecError(text)
+            case _Full(text):
+                raise CacheError(text)
         if message.status is Status.RUNTIME and worker in self._workers:
             self._kill(worker)  # a device error may have poisoned the process
         return [(self._take_job(worker), message)]
@@ -252,8 +262,12 @@ def _attempt(pickled_job: bytes) -> _Message:
     try:
         job: Job = pickle.loads(pickled_job)  # noqa: S301 - from our parent, over our own socket
         return job.run()
-    except BuildError as error:
-        return Outcome(status=Status.COMPILE, detail=str(error))
+    except (BuildError, OSError) as error:
+        if is_of_the_disk(error):
+            return _Full(str(error))
+        if isinstance(error, BuildError):
+            return Outcome(status=Status.COMPILE, detail=str(error))
+        return _Bug(traceback.format_exc())
     except SpecAttnError as error:
         return _Refused(str(error))
     except Exception:  # noqa: BLE001 - not handled here: carried to the parent, which raises it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 import shutil
@@ -45,6 +46,7 @@ TARGET_FLAGS = {
 }
 COMPILE_SECONDS = 120
 LIBRARY = "kernel.so"
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 @functools.cache
@@ -84,6 +86,8 @@ def compile_library(text: str, target: str, name: str) -> Path:
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{compiler()} took over {COMPILE_SECONDS} s on {name}") from error
         if done.returncode:
+            if NO_SPACE in done.stderr:
+                raise OSError(errno.ENOSPC, NO_SPACE, str(folder))
             reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
             raise BuildError(f"{compiler()} failed on {name}: {reason}")
 

@@ -2,40 +2,70 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from specattn_codegen.errors import BuildError
+from specattn_codegen.errors import CacheError
+
+logger = logging.getLogger("specattn")
 
 
 def publish(destination: Path, write: Callable[[Path], None]) -> Path:
     """Fills `destination` by calling `write` on a fresh sibling folder. Whoever renames first wins; results are equal.
 
-    Raises BuildError when the cache cannot be written; what `write` raises passes through.
+    Where the cache takes nothing, as on a full or read-only disk, the folder is made for this process alone, in the
+    system's temporary place, with one warning. Raises CacheError when neither can be written; what `write` raises
+    passes through.
     """
-    if destination.is_dir():
-        return destination
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        return _publish(destination, write)
     except OSError as error:
-        raise BuildError(
-            f"cannot write the kernel cache {destination.parent}: {error.strerror}; "
+        _warn_once(destination.parent, error.strerror or str(error))
+    try:
+        return _publish(own_folder() / destination.name, write)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write the kernel cache {destination.parent}, nor a temporary folder: {error.strerror or error}; "
             "free some space or set SPECATTN_CACHE_DIR to a writable folder"
         ) from error
+
+
+def _publish(destination: Path, write: Callable[[Path], None]) -> Path:
+    if destination.is_dir():
+        return destination
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         write(scratch)
         scratch.chmod(0o755)
         os.rename(scratch, destination)
-    except OSError as error:
+    except OSError:
         if not destination.is_dir():
-            raise BuildError(
-                f"cannot write the kernel cache {destination}: {error.strerror or error}; "
-                "free some space or set SPECATTN_CACHE_DIR to a writable folder"
-            ) from error
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return destination
+
+
+@functools.cache
+def own_folder() -> Path:
+    """For what this process builds and cannot keep."""
+    folder = tempfile.mkdtemp(prefix="specattn-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def _warn_once(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s: the kernel cache cannot be written (%s); what is built serves this process alone. Free some space, or set "
+        "SPECATTN_CACHE_DIR to a writable folder.",
+        folder,
+        reason,
+    )

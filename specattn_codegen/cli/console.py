@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 
 import click
 
-from specattn_codegen.errors import SpecAttnError
+from specattn_codegen.errors import DISK_ERRORS, SpecAttnError
 
 
 def run(command: click.Command) -> None:
@@ -21,7 +20,7 @@ def run(command: click.Command) -> None:
     except SpecAttnError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'output'}: {error.strerror}; free some space or choose a writable folder")
     except (KeyboardInterrupt, click.Abort):
