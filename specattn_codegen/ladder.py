@@ -3,16 +3,20 @@
 exact    an entry of this processor for the call's own size bucket, of the first layer that has one
 nearest  an entry of this processor for other sizes, at most buckets.FARTHEST octaves away
 sibling  an entry of another processor of the same instruction set, its size and the sizes together no farther away
-model    the cost model's choice, before anything is compiled; GPUs only
-default  the safe default plan
+model    the cost model's choice among the plans that entries of this kernel prove, whatever their sizes; GPUs only
+default  the safe default plan, which the test suite proves for every operation
 
-A plan of any rung is one that today's space accepts for this very processor.
+A plan of any rung is one that today's space accepts for this very processor, and none is served unproved: a proof is
+of a kernel, whatever the sizes of the entry it stands in, so the model may choose among proved plans for a size that
+nobody tuned, but never one of its own. Proving at first use instead would make the choice depend on what else a device
+is doing at that moment, and ranks of a cluster would not agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +25,8 @@ from typing import Literal
 
 from specattn_codegen import buckets, gpus, pack, pack_file, space
 from specattn_codegen.arch import Arch
-from specattn_codegen.cost_model.choice import first_choice
 from specattn_codegen.digest import digest
-from specattn_codegen.environment import Silicon, silicon
+from specattn_codegen.environment import Silicon, own_version, silicon
 from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack import Entry, structure
@@ -32,7 +35,6 @@ from specattn_codegen.render import templates_digest
 from specattn_codegen.silicon import are_siblings, distance, same
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import why_unusable
-from specattn_codegen.workloads import default_workloads
 
 Rung = Literal["exact", "nearest", "sibling", "model", "default"]
 TUNED_RUNGS: tuple[Rung, ...] = ("exact", "nearest", "sibling")
@@ -58,7 +60,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A plan and its rung. candidate: what it was taken from; None on the last two rungs."""
+    """A plan and its rung. candidate: what it was taken from, or what proves it; None on the last rung."""
 
     plan: Plan
     rung: Rung
@@ -114,12 +116,15 @@ class Ladder:
         return Found(plan=nearest.entry.plan, rung=rung, candidate=nearest)
 
     def _modelled(self, spec: KernelSpec, workload: Workload) -> Found | None:
-        """Chosen at the nearest of the sizes a pack would have, so that few kernels are built, as with a pack."""
-        if not self.arch.is_gpu or spec.op == "mixed_attention":
+        """Of entries that prove one plan the earlier layer's is named."""
+        kernel = structure(tuned_as(spec))
+        proofs = {one.entry.plan: one for one in reversed(self._by_kernel.get(kernel, ()))}
+        if not self.arch.is_gpu or not proofs:
             return None
-        sizes = default_workloads(spec, self.arch)
-        nearest = min(sizes, key=lambda size: buckets.distance(spec.op, size, workload))
-        return Found(plan=first_choice(spec, nearest, self.arch), rung="model")
+        # Imported here, as hardly any process comes this far and all would wait for it.
+        choice = importlib.import_module("specattn_codegen.cost_model.choice")
+        plan = choice.best_proved(kernel, workload, self.arch, proofs)
+        return None if plan is None else Found(plan=plan, rung="model", candidate=proofs[plan])
 
     def _default(self, spec: KernelSpec) -> Found:
         plan = space.default_plan(spec, self.arch, space.backends_for(self.arch)[0])
@@ -128,14 +133,15 @@ class Ladder:
     @property
     def digest(self) -> str:
         """Equal for processes in which every call gets the same plan and the same kernel text, whatever the provenance
-        of their packs: ranks that must not diverge compare it before they start."""
+        of their packs: ranks that must not diverge compare it before they start. Versions of this project differ, as
+        their cost models may."""
         facts = dataclasses.replace(self.arch, name="", source="") if self.arch.is_gpu else silicon(self.arch)
         usable = [
             (one.entry.spec, one.entry.workload, one.entry.plan, one.apart)
             for one in self.candidates
             if one.why_unusable is None
         ]
-        return digest(facts, self.heads, usable, templates_digest())
+        return digest(facts, self.heads, usable, templates_digest(), own_version())
 
 
 def read(arch: Arch, heads: HeadConfig, layers: Sequence[Path]) -> Ladder:

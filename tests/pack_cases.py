@@ -28,7 +28,7 @@ def entry(
     workload: Workload = SMALL,
     chosen_by: ChosenBy = "modelled",
     latency_us: float = 12.5,
-    **settings: int,
+    **settings: int | str,
 ) -> Entry:
     plan = space.default_plan(spec, ARCH, "triton").replace(**settings)
     return Entry(

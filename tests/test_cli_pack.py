@@ -17,6 +17,7 @@ from specattn_codegen.environment import silicon
 from specattn_codegen.explain import neighbours
 from specattn_codegen.pack import ChosenBy, Pack
 
+TINY = ("--q-len", "1", "--kv-len", "256")  # far from LARGE
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -228,7 +229,10 @@ def test_an_explanation_names_rung_plan_source_and_differences(
     for words in ("rung     nearest", "batch: 1 there, 4 asked", "to tune it: specattn-tune --heads 32,8,128"):
         assert words in out
     assert "rung     exact" in run(*asked[:-2])[1]
-    assert "rung     model" in run(*asked, "--dtype", "float16")[1]
+    assert "rung     default" in run(*asked, "--dtype", "float16")[1]
+    tuned = entry(workload=LARGE, merge="fused", block_m=16)
+    publish(tmp_path / "large", tuned)
+    assert "rung     model" in run(*asked[:3], "--gpu", "h100", "--packs", tmp_path / "large", *TINY)[1]
     assert "rung     sibling" in run(*asked[:3], "--gpu", "h200", "--packs", user, "--page-size", "16")[1]
     code, _, err = run(*asked, "--score", "every")
     assert code == 2

@@ -18,7 +18,6 @@ from specattn_codegen.environment import silicon
 from specattn_codegen.ladder import Ladder
 from specattn_codegen.pack import Entry, Pack
 from specattn_codegen.spec import Workload
-from specattn_codegen.workloads import default_workloads
 
 
 def found(root: Path, **sizes: int) -> tuple[str, Entry] | None:
@@ -97,22 +96,49 @@ def test_a_siblings_plan_must_fit_here(tmp_path: Path) -> None:
     assert hit.rung == "sibling"
 
 
-def test_the_model_then_the_default_where_no_pack_serves() -> None:
-    empty = Ladder(arch=ARCH, heads=HEADS, candidates=())
-    hit = empty.find(VERIFY, Workload(batch=1, q_len=1, kv_len=5000))
-    assert hit.rung == "model"
-    size = default_workloads(VERIFY, ARCH)[0]
-    assert size == Workload(batch=1, q_len=1, kv_len=4096)
+TINY = Workload(batch=1, q_len=1, kv_len=256)  # far from LARGE
+
+
+def test_far_from_every_entry_the_model_chooses_among_the_proved_plans(tmp_path: Path) -> None:
+    """What is proved at one size is proved at all: the fastest serves, whatever entry it stands in."""
+    plans = [{"num_stages": 1}, {"merge": "fused", "block_m": 16}, {"merge": "fused", "block_n": 128, "block_m": 64}]
+    sizes = [dataclasses.replace(LARGE, q_len=4**step) for step in range(3)]
+    publish(tmp_path, *(entry(workload=size, **plan) for size, plan in zip(sizes, plans, strict=True)))
+    known = ladder.read(ARCH, HEADS, [tmp_path])
+    hit = known.find(VERIFY, TINY)
+    assert hit.candidate is not None
+    assert (hit.rung, hit.plan, hit.candidate.entry.workload) == ("model", entry(**plans[1]).plan, sizes[1])
     times = {
-        plan: predict(VERIFY, size, plan, ARCH, guess_resources(VERIFY, plan, ARCH)).latency_us
-        for plan in space.feasible(VERIFY, ARCH, "triton")
+        plan: predict(VERIFY, TINY, plan, ARCH, guess_resources(VERIFY, plan, ARCH)).latency_us
+        for plan in (entry(**each).plan for each in ({}, *plans))
     }
-    default = space.default_plan(VERIFY, ARCH, "triton")
-    assert hit.plan == default or times[hit.plan] == min(times.values()) < 0.95 * times[default]
+    assert times[hit.plan] == min(times.values())
+    mixed = dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head")
+    assert known.find(mixed, TINY).plan == hit.plan
+
+
+def test_a_proved_plan_that_gains_nothing_leaves_the_default(tmp_path: Path) -> None:
+    publish(tmp_path, entry(workload=LARGE, num_stages=1))
+    hit = ladder.read(ARCH, HEADS, [tmp_path]).find(VERIFY, TINY)
+    assert (hit.rung, hit.plan) == ("default", entry().plan)
+
+
+def test_without_any_proof_the_default_serves() -> None:
+    hit = Ladder(arch=ARCH, heads=HEADS, candidates=()).find(VERIFY, SMALL)
+    assert (hit.rung, hit.plan, hit.candidate) == ("default", space.default_plan(VERIFY, ARCH, "triton"), None)
     cpu = dataclasses.replace(ARCH, name="cpu", vendor="cpu", target="avx512", compute_capability=0)
     spec = dataclasses.replace(VERIFY, dtype="float32", page_size=0)
     hit = Ladder(arch=cpu, heads=HEADS, candidates=()).find(spec, SMALL)
     assert (hit.rung, hit.plan) == ("default", space.default_plan(spec, cpu, "cpu"))
+
+
+@pytest.mark.parametrize("proof", ["none", "", "faith", None])
+def test_an_entry_without_a_proof_is_not_believed(tmp_path: Path, proof: str | None) -> None:
+    path = publish(tmp_path, entry())
+    plain = json.loads(path.read_text())
+    plain["entries"][0]["proved_by"] = proof
+    path.write_text(pack_file.to_text(plain))
+    assert ladder.read(ARCH, HEADS, [tmp_path]).candidates == ()
 
 
 @pytest.mark.parametrize("change", [{"block_n": 48}, {"block_n": "64"}, {"novel": 1}, {"block_m": 64, "num_warps": 2}])
@@ -171,8 +197,11 @@ def test_rungs_say_what_they_are(tuned: list[Workload], asked: Workload) -> None
         assert hit.rung == "sibling"
         assert hit.candidate is not None
         assert octaves[hit.candidate] == min(octaves[one] for one in near)
+    elif hit.rung == "model":
+        assert hit.candidate in candidates
+        assert hit.plan == hit.candidate.entry.plan
     else:
-        assert (hit.rung, hit.candidate) == ("model", None)
+        assert (hit.rung, hit.candidate) == ("default", None)
 
 
 def test_ranks_agree_by_digest_whatever_the_provenance_and_differ_by_plans(tmp_path: Path) -> None:

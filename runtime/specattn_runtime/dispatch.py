@@ -359,7 +359,9 @@ class Kernels:
         if self._strict:
             raise SpecError(message)
         found = self.packs.find(spec, workload)
-        taken = "the cost model's choice, which nothing has timed" if found.rung == "model" else "the safe default plan"
+        taken = "the safe default plan"
+        if found.candidate is not None:
+            taken = f"the cost model's choice of the plans proved in {found.candidate.path}, untimed at these sizes"
         self._warn_once("untuned", f"{message}. Using {taken}")
         return found
 

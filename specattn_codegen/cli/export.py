@@ -68,9 +68,9 @@ def command(
     """Write tuned kernels as a package of their own.
 
     It holds the rendered kernels, a plain table that says which of them serves which sizes, launch functions, where
-    everything comes from, and a smoke test. The table is what lookups find in packs today; where they have nothing, the
-    cost model's choice or the safe default, and PROVENANCE.json says so. A model whose layers differ gives a package
-    each.
+    everything comes from, and a smoke test. The table is what lookups find in packs today; where they have nothing,
+    a plan that the cost model chose among proved ones or the safe default, and PROVENANCE.json says so. A model whose
+    layers differ gives a package each.
     """
     arch = find_gpu(gpu)
     kinds = find_heads(model, heads, tp)

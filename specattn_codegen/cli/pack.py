@@ -269,7 +269,7 @@ def _found_lines(found: Found, arch: Arch) -> Iterable[str]:
         "exact": "an entry for this size",
         "nearest": "an entry for another size",
         "sibling": "an entry of another processor of the same instruction set",
-        "model": "no entry within reach: the cost model's choice, which nothing has timed",
+        "model": "no entry within reach: the cost model's choice among the plans that packs prove for this kernel",
         "default": "no entry within reach: the safe default plan",
     }
     yield f"rung     {found.rung}: {meaning[found.rung]}"

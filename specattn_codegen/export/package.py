@@ -173,7 +173,7 @@ def _plain_row(spec: KernelSpec, row: Row) -> dict[str, object]:
         "rung": row.found.rung,
         "chosen_by": entry.chosen_by if entry else None,
         "proved_by": entry.proved_by if entry else None,
-        "latency_us": entry.latency_us if entry else None,
+        "latency_us": entry.latency_us if entry and row.found.rung == "exact" else None,  # of these sizes alone
         "environment": to_plain(entry.environment) if entry else None,
     }
 
