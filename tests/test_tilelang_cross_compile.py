@@ -28,10 +28,11 @@ def verify(score: ScoreSpec | None, heads: HeadConfig = LLAMA) -> KernelSpec:
     return KernelSpec(op="verify_attention", heads=heads, dtype="bfloat16", page_size=16, score=score)
 
 
-# sm_80 and sm_90a with what differs most between them; benchmarks/results holds every target.
+# sm_80, sm_90a and sm_100a with what differs most between them; benchmarks/results holds every target.
 SAMPLE = {
     "a100": KernelSpec(op="sparse_attention", heads=LLAMA, dtype="bfloat16", page_size=16, selection="layer"),
     "h100": verify(ScoreSpec()),
+    "b200": KernelSpec(op="mixed_attention", heads=LLAMA, dtype="bfloat16", page_size=16, selection="kv_head"),
 }
 
 
@@ -89,7 +90,10 @@ def test_a_missing_compiler_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_
         (dataclasses.replace(verify(None), kv_dtype="float8_e4m3"), "reads caches of the queries' type"),
         (verify(ScoreSpec(histogram=True)), "scores of tokens without histogram"),
         (verify(None, HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=40)), "multiples of 16"),
-        (KernelSpec(op="select_kv", heads=LLAMA, selection="kv_head"), "serves verify_attention and sparse_attention"),
+        (
+            KernelSpec(op="select_kv", heads=LLAMA, selection="kv_head"),
+            "serves verify_attention, sparse_attention, mixed_attention",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

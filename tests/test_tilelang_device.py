@@ -13,7 +13,7 @@ from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")
 
-from tilelang_cases import SMALL, plan_for, sparse_spec, verify_spec
+from tilelang_cases import SMALL, mixed_spec, plan_for, sparse_spec, verify_spec
 
 WORKLOAD = Workload(batch=1, q_len=5, kv_len=2500, budget=256)
 SPECS = (
@@ -22,6 +22,8 @@ SPECS = (
     verify_spec(SMALL, ScoreSpec(rows="ends", heads="layer")),
     verify_spec(SMALL, ScoreSpec(normaliser="reference")),
     sparse_spec(SMALL),
+    mixed_spec(SMALL),
+    mixed_spec(SMALL, ScoreSpec()),
 )
 
 

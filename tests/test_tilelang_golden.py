@@ -21,6 +21,12 @@ def _verify(score: ScoreSpec | None) -> KernelSpec:
     return KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16, score=score)
 
 
+def _mixed(score: ScoreSpec | None, heads: HeadConfig) -> KernelSpec:
+    return KernelSpec(
+        op="mixed_attention", heads=heads, dtype="bfloat16", page_size=16, score=score, selection="kv_head"
+    )
+
+
 CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "verify_attention": (_verify(None), {}),
     "verify_attention_pillar": (_verify(ScoreSpec(rows="all", heads="kv_head")), {}),
@@ -34,6 +40,15 @@ CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     ),
     "sparse_attention": (
         KernelSpec(op="sparse_attention", heads=HEADS, dtype="bfloat16", page_size=16, selection="kv_head"),
+        {},
+    ),
+    "mixed_attention": (_mixed(None, HEADS), {}),
+    "mixed_attention_pillar": (_mixed(ScoreSpec(), HEADS), {}),
+    "mixed_attention_reference": (
+        _mixed(
+            ScoreSpec(rows="ends", heads="layer", normaliser="reference"),
+            dataclasses.replace(HEADS, window=4096, softcap=50.0, sinks=True),
+        ),
         {},
     ),
     "verify_attention_logits": (

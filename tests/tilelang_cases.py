@@ -28,6 +28,12 @@ def sparse_spec(heads: HeadConfig, selection: ScoreHeads = "kv_head") -> KernelS
     return KernelSpec(op="sparse_attention", heads=heads, dtype="float16", page_size=16, selection=selection)
 
 
+def mixed_spec(heads: HeadConfig, score: ScoreSpec | None = None, selection: ScoreHeads = "kv_head") -> KernelSpec:
+    return KernelSpec(
+        op="mixed_attention", heads=heads, dtype="float16", page_size=16, score=score, selection=selection
+    )
+
+
 def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
     """Small tiles, so that small problems have several."""
     settings: dict[str, Setting] = {

@@ -11,7 +11,7 @@ from specattn_codegen.plan import Plan
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
-SERVED = ("verify_attention", "sparse_attention")
+SERVED = ("verify_attention", "sparse_attention", "mixed_attention")
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
@@ -34,7 +34,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("num_warps", (2, 4, 8)),
         Axis("num_stages", (1, 2) if spec.op == "verify_attention" else (1,)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
-        Axis("split_keys", (0, *SPLIT_KEYS)),
+        Axis("split_keys", (0,) if spec.op == "mixed_attention" else (0, *SPLIT_KEYS)),
     )
     if spec.score is None:
         return attention
@@ -49,7 +49,7 @@ def score_method(score: ScoreSpec) -> str:
 def why_unserved(spec: KernelSpec) -> str | None:
     """What these templates do not serve, with the nearest thing that is."""
     if spec.op not in SERVED:
-        return f"{spec.op}: TileLang serves {' and '.join(SERVED)}; use backend triton, or cpu"
+        return f"{spec.op}: TileLang serves {', '.join(SERVED)}; use backend triton, or cpu"
     if spec.dtype == "float32":
         return "dtype=float32: TileLang's products of float32 round to TF32; use float16 or bfloat16, or backend triton"
     if spec.is_float8:
@@ -85,7 +85,7 @@ def batch_invariant(plan: Plan) -> Plan:
 
 
 def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
-    packed = spec.heads.group * (EXPECTED_ROWS if spec.op == "verify_attention" else 1)
+    packed = spec.heads.group * (1 if spec.op == "sparse_attention" else EXPECTED_ROWS)
     block_ms = [block_m for block_m in (64, 32, 16) if block_m == WARP_ROWS or block_m // 2 < packed]
     stages = (2, 1) if spec.op == "verify_attention" else (1,)
     for block_m, block_n, num_stages, num_warps in itertools.product(block_ms, (64, 32), stages, (4, 2)):

@@ -156,7 +156,8 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             for step in T.Pipelined(T.truncdiv(places + BLOCK_N - 1, BLOCK_N), num_stages=0):
                 for n in T.Parallel(BLOCK_N):
                     place = T.min(begin + step * BLOCK_N + n, end - 1)
-                    index = T.if_then_else(place < selected, indices[row_offset + T.truncdiv(place, keys_of_index)], 0)
+                    named = row_offset + T.truncdiv(place, keys_of_index)
+                    index = T.if_then_else(place < selected, indices[named], 0)
                     # Whatever is far past the tail may as well be just past it, where no product overflows.
                     chosen = T.min(index, T.truncdiv(tail, keys_of_index) + 1) * keys_of_index
                     chosen_key = chosen + T.truncmod(place, keys_of_index)
@@ -164,15 +165,17 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     selected_key = T.if_then_else(chosen_key < tail, chosen_key, -1)
                     key = T.if_then_else(place < selected, selected_key, tail + place - selected)
                     keys[n] = T.if_then_else(begin + step * BLOCK_N + n < end, key, -1)
-                # What stands for no key reads the first one: slots nobody wrote may hold NaN, and 0 * NaN is NaN.
+                # What stands for no key reads the first one: slots nobody wrote may hold NaN; 0 * NaN is NaN.
                 for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
                     page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
                     slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                    k_tile[n, d] = k_cache[page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head + d]
+                    source = page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head
+                    k_tile[n, d] = k_cache[source + d]
                 for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
                     page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
                     slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                    v_tile[n, d] = v_cache[page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head + d]
+                    source = page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head
+                    v_tile[n, d] = v_cache[source + d]
                 T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                 for m, n in T.Parallel(BLOCK_M, BLOCK_N):
                     position = prefix + (first + m) // GROUP

@@ -176,9 +176,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 for m in T.Parallel(BLOCK_M):
                     row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
                     dump_row = (first_row + row) * NUM_Q_HEADS + head
-                    if T.And(row < rows, begin + step * BLOCK_N < prefix):
-                        dump_tile = dump_row * T.truncdiv(dump_columns, BLOCK_N) + T.truncdiv(begin, BLOCK_N) + step
-                        dump_max[dump_tile] = shift[m]
+                    is_scored = row < rows
+                    if T.And(is_scored, begin + step * BLOCK_N < prefix):
+                        dump_tile = T.truncdiv(begin, BLOCK_N) + step
+                        dump_max[dump_row * T.truncdiv(dump_columns, BLOCK_N) + dump_tile] = shift[m]
             for m in T.Parallel(BLOCK_M):
                 # A row that saw nothing: acc 0, maximum -inf.
                 row_sum[m] = T.if_then_else(row_sum[m] > 0, row_sum[m], 1.0)

@@ -151,9 +151,9 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             # A row that is not scored, or whose reference is not finite, weighs nothing.
             for m in T.Parallel(BLOCK_M):
                 row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
-                reference[m] = T.if_then_else(
-                    row < rows, lse_ref[T.cast(first_row + row, "int64") * NUM_Q_HEADS + head] * LOG2E, float("inf")
-                )
+                place = T.cast(first_row + row, "int64") * NUM_Q_HEADS + head
+                is_scored = row < rows
+                reference[m] = T.if_then_else(is_scored, lse_ref[place] * LOG2E, float("inf"))
             for m in T.Parallel(BLOCK_M):
                 finite = T.And(reference[m] > -T.infinity("float32"), reference[m] < T.infinity("float32"))
                 reference[m] = T.if_then_else(finite, reference[m], float("inf"))

@@ -173,9 +173,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 for m in T.Parallel(BLOCK_M):
                     row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
                     dump_row = (request * 2 + T.min(row, 1)) * NUM_Q_HEADS + head
-                    if T.And(T.And(row < rows, T.Or(row == 0, row == q_len - 1)), begin + step * BLOCK_N < prefix):
-                        dump_tile = dump_row * T.truncdiv(dump_columns, BLOCK_N) + T.truncdiv(begin, BLOCK_N) + step
-                        dump_max[dump_tile] = shift[m]
+                    is_scored = T.And(row < rows, T.Or(row == 0, row == q_len - 1))
+                    if T.And(is_scored, begin + step * BLOCK_N < prefix):
+                        dump_tile = T.truncdiv(begin, BLOCK_N) + step
+                        dump_max[dump_row * T.truncdiv(dump_columns, BLOCK_N) + dump_tile] = shift[m]
             for m in T.Parallel(BLOCK_M):
                 # A row that saw nothing: acc 0, maximum -inf.
                 row_sum[m] = T.if_then_else(row_sum[m] > 0, row_sum[m], 1.0)
