@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import benchmarks.gpu
+import benchmarks.training
 import specattn_bench
 import specattn_codegen
 import specattn_runtime
 
 BENCH = Path(specattn_bench.__file__).parent
 GPU = Path(benchmarks.gpu.__file__).parent
+TRAINING = Path(benchmarks.training.__file__).parent
 CODEGEN = Path(specattn_codegen.__file__).parent
 RUNTIME = Path(specattn_runtime.__file__).parent
 TUNER = {
@@ -53,7 +55,7 @@ def test_the_runtime_never_imports_the_tuner() -> None:
 
 
 def test_imports_are_absolute_and_at_the_top() -> None:
-    for package in (CODEGEN, RUNTIME, BENCH, GPU):
+    for package in (CODEGEN, RUNTIME, BENCH, GPU, TRAINING):
         for file in package.rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom):
@@ -75,7 +77,7 @@ def test_importing_the_runtime_loads_no_tuner_and_no_gpu_compiler() -> None:
 
 
 def test_only_paths_reads_the_projects_environment() -> None:
-    for package in (CODEGEN, RUNTIME, BENCH, GPU):
+    for package in (CODEGEN, RUNTIME, BENCH, GPU, TRAINING):
         for file in package.rglob("*.py"):
             if file.name != "paths.py":
                 assert 'SPECATTN_CACHE_DIR"]' not in file.read_text(), file
