@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import click
 
-from specattn_bench import dispatch, endurance, mixed, reference, resources, search, selection, sparse, sweep, verify
+from specattn_bench import (
+    dispatch,
+    endurance,
+    mixed,
+    reference,
+    resources,
+    search,
+    selection,
+    sparse,
+    sweep,
+    throughput,
+    verify,
+)
 from specattn_codegen.cli import console
 
 QUESTIONS: tuple[click.Command, ...] = (
@@ -13,6 +25,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     sparse.command,
     mixed.command,
     reference.command,
+    throughput.command,
     sweep.command,
     endurance.command,
     search.command,
