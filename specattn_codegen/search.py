@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,6 +30,11 @@ PENALTY_RATIO = 4.0  # over the largest real value told so far
 MOST_REPEATS = 40
 SAYS_WITHIN_S = 5.0  # from a trial's number to what it tries: milliseconds where its process is alive
 STARTUP_TRIALS = 10  # before a sampler trusts what it has seen
+# Kernels' times are smooth along an axis, which samplers that model axes apart are slow to see. So of every TURNS
+# proposals all but one are neighbours of the FEW_BEST plans known, several since the best may be a lucky measurement.
+LEARNERS: tuple[Sampler, ...] = ("tpe", "gp", "cmaes")
+TURNS = 3
+FEW_BEST = 3
 
 _MAKERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
@@ -43,7 +49,8 @@ _MAKERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
 class Strategy:
     """How a space is searched.
 
-    sampler  tpe, gp and cmaes learn from what they are told; random does not; grid walks evenly over the space
+    sampler  tpe, gp and cmaes learn from what they are told, and take turns with steps from the best plans known;
+             random does neither; grid walks evenly over the space
     trials   plans tried at most, the default and the seeds among them
     share    a study that other processes search as well; None for one of this search's own
     """
@@ -91,6 +98,7 @@ class Search:
         self._backend: Backend = default.backend
         self._fixed_settings = {axis.name: axis.values[0] for axis in searched.axes if len(axis.values) == 1}
         self._axes = [axis for axis in searched.axes if len(axis.values) > 1]
+        self._feasible = frozenset(feasible)
         self._untried = dict.fromkeys((default, *seeds, *feasible))
         self._budget = min(strategy.trials, len(self._untried))
         self._first = [default, *(plan for plan in dict.fromkeys(seeds) if plan != default)]
@@ -99,6 +107,8 @@ class Search:
         elif strategy.sampler == "grid":
             self._first = [default, *_evenly([plan for plan in feasible if plan != default], self._budget - 1)]
         self._random = random.Random(strategy.seed)
+        self._steps = strategy.sampler in LEARNERS
+        self._turn = 0
         self._taken: set[Plan] = set()
         self._known: dict[Plan, float] = {}
         self._asked: dict[Plan, optuna.Trial] = {}
@@ -162,6 +172,9 @@ class Search:
             plan = self._first.pop(0)
             if plan in self._untried:
                 return self._take(self._fixed(plan))
+        self._turn += 1
+        if self._steps and self._turn % TURNS and (near := self._near_the_best()) is not None:
+            return self._take(self._fixed(near))
         for _ in range(MOST_REPEATS):
             trial = self._ask()
             plan = self._plan_of(trial.params)
@@ -169,6 +182,14 @@ class Search:
                 return self._take(trial)
             self._refuse(trial, self._known.get(plan))
         return self._take(self._fixed(self._random.choice(list(self._untried))))
+
+    def _near_the_best(self) -> Plan | None:
+        """An untried neighbour of the best plan that has one, among the few best."""
+        for plan in heapq.nsmallest(FEW_BEST, self._known, key=self._known.__getitem__):
+            near = [other for other in neighbours(plan, self._axes, self._feasible) if other in self._untried]
+            if near:
+                return self._random.choice(near)
+        return None
 
     def _ask(self) -> optuna.Trial:
         trial = self._study.ask(
@@ -244,6 +265,18 @@ class Search:
             if not silent or time.monotonic() > deadline:
                 return before
             time.sleep(0.005)
+
+
+def neighbours(plan: Plan, axes: Sequence[Axis], feasible: Collection[Plan]) -> Iterator[Plan]:
+    """The nearest feasible plans along each axis: one on either side where it has an order, else all."""
+    for axis in axes:
+        at = axis.values.index(plan[axis.name])
+        sides = (axis.values[at + 1 :], axis.values[:at][::-1])
+        found = [
+            [other for value in side if (other := plan.replace(**{axis.name: value})) in feasible] for side in sides
+        ]
+        is_ordered = isinstance(plan[axis.name], int)
+        yield from (other for side in found for other in (side[:1] if is_ordered else side))
 
 
 def _evenly(plans: Sequence[Plan], count: int) -> list[Plan]:

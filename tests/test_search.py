@@ -9,7 +9,7 @@ import pytest
 from specattn_codegen import gpus, space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import Search, Strategy, space_of
+from specattn_codegen.search import FEW_BEST, TURNS, Sampler, Search, Strategy, neighbours, space_of
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
 ARCH = gpus.find("h100")
@@ -83,3 +83,30 @@ def test_every_plan_failing_still_ends_and_repeats_nothing() -> None:
         seen.extend(plans)
         search.tell(plans[0], None)
     assert len(seen) == len(set(seen)) == 20
+
+
+def test_neighbours_are_the_nearest_feasible_plans_along_each_axis() -> None:
+    axes, feasible = space.axes(SCORED, "triton"), list(space.feasible(SCORED, ARCH, "triton"))
+    near = list(neighbours(BEST, axes, frozenset(feasible)))
+    assert len(near) == len(set(near))
+    for axis in axes:
+        at = axis.values.index(BEST[axis.name])
+        line = [plan for plan in feasible if plan.replace(**{axis.name: BEST[axis.name]}) == BEST and plan != BEST]
+        places = {axis.values.index(plan[axis.name]): plan for plan in line}
+        below, above = [i for i in places if i < at], [i for i in places if i > at]
+        if isinstance(BEST[axis.name], int):
+            below, above = below[-1:], above[:1]
+        assert {places[i] for i in below + above} == {plan for plan in near if plan in line}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_samplers_take_turns_with_steps_from_the_best(sampler: Sampler) -> None:
+    searched = space_of(SCORED, ARCH, "triton")
+    search = Search(searched, seeds=(), strategy=Strategy(sampler=sampler, trials=20, seed=3))
+    feasible, told, steps = frozenset(searched.feasible), list[Plan](), 0
+    while asked := search.ask(1):
+        best = sorted(told, key=cost)[:FEW_BEST]
+        steps += any(asked[0] in set(neighbours(plan, searched.axes, feasible)) for plan in best)
+        search.tell(asked[0], cost(asked[0]))
+        told.extend(asked)
+    assert steps >= (20 - 1) * (TURNS - 1) // TURNS
