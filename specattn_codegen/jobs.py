@@ -10,14 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from specattn_codegen import build, cost_model
+from specattn_codegen import build, cost_model, environment, paths
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.program import whole_program
 from specattn_codegen.build.resources import Resources
+from specattn_codegen.build.store import remembered
+from specattn_codegen.digest import digest
 from specattn_codegen.kernel import Call, Kernel
 from specattn_codegen.measure import device_of, rotating, time_interleaved, timed_calls, timer_for
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.plan import Backend, Plan
-from specattn_codegen.prove import ON_DEVICE, Extent, prove
+from specattn_codegen.prove import ON_DEVICE, Extent, premises, prove
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -68,7 +71,8 @@ class InterpretJob:
     """Proves one plan in Triton's interpreter. Its worker must be born with TRITON_INTERPRET=1.
 
     The interpreter's bfloat16 product is wrong, so a bfloat16 kernel is proved by its twin: the same plan rendered for
-    float16.
+    float16. Verdicts are kept by the kernel's text and all they depend on, which no GPU is among: what is proved for
+    one need not be for the next.
     """
 
     spec: KernelSpec
@@ -81,15 +85,25 @@ class InterpretJob:
         spec = interpreted_twin(self.spec)
         worst = 0.0
         for proved, extent in self.proofs(spec, self.plan):
-            kernel = build.load(render_for(proved, self.plan, self.arch))
             try:
-                outcome = _proved(kernel, self.workload, spec.page_size, self.seed, "cpu", extent)
+                outcome = self._remembered(proved, extent)
             except launch_errors("triton") as error:
                 return Outcome(status=Status.RUNTIME, detail=_first_line(error))
             if outcome.status is not Status.OK:
                 return outcome
             worst = max(worst, outcome.worst_error or 0.0)
         return Outcome(status=Status.OK, worst_error=worst)
+
+    def _remembered(self, spec: KernelSpec, extent: Extent) -> Outcome:
+        source = render_for(spec, self.plan, self.arch)
+        premise = premises(spec, self.workload, spec.page_size, self.seed, extent)
+        versions = environment.current(self.plan.backend, device=None)
+        kept = paths.cache_dir() / "proofs" / digest(whole_program(source.text), premise, versions)
+
+        def outcome() -> Outcome:
+            return _proved(build.load(source), self.workload, spec.page_size, self.seed, "cpu", extent)
+
+        return remembered(kept, Outcome, outcome)
 
     @staticmethod
     def proofs(spec: KernelSpec, plan: Plan) -> tuple[tuple[KernelSpec, Extent], ...]:

@@ -26,7 +26,13 @@ class Plan:
         return cls(backend, tuple(sorted(settings.items())))
 
     def __getitem__(self, name: str) -> Setting:
-        return self.as_dict()[name]
+        for known, value in self.settings:  # quicker than a dict of so few, and asked millions of times a search
+            if known == name:
+                return value
+        raise KeyError(name)
+
+    def get(self, name: str) -> Setting | None:
+        return next((value for known, value in self.settings if known == name), None)
 
     def integer(self, name: str) -> int:
         value = self[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.check import Verdict, check_attention, check_selection, expect_attention
 from specattn_codegen.kernel import Call, Kernel, SelectCall
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP
-from specattn_codegen.problems import AttentionProblem, attention_problem, random_scores
+from specattn_codegen.problems import AttentionProblem, Layout, attention_problem, random_scores
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -64,48 +64,77 @@ def launch(kernel: Kernel, call: Call, device: str) -> None:
 def _attention_verdicts(
     kernel: Kernel, workload: Workload, page_size: int, seed: int, device: str, extent: Extent
 ) -> Iterator[Verdict]:
-    for problem, expected in _solved(kernel.spec, workload, page_size, seed, extent):
+    for problem, expected in _solved(kernel.spec, attention_sizes(workload, seed, extent), page_size):
         call = problem_call(kernel.spec, moved(problem, device))
         launch(kernel, call, device)
         yield check_attention(kernel.spec, problem, call.out, call.lse, call.scores, expected, call.histogram)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemSizes:
+    """What an attention problem is made of besides the kernel: arguments of problems.attention_problem."""
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    seed: int
+    budget: int
+    layout: Layout = "nhd"
+    magnitude: float = 1.0
+
+
 # Every plan of a search is held against the same answers, which take the oracle far longer than a kernel.
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _solved(
-    spec: KernelSpec, workload: Workload, page_size: int, seed: int, extent: Extent
+    spec: KernelSpec, sizes: tuple[ProblemSizes, ...], page_size: int
 ) -> tuple[tuple[AttentionProblem, VerifyOutput], ...]:
-    problems = attention_problems(spec, workload, page_size, seed, extent)
+    problems = _problems(spec, sizes, page_size)
     return tuple((problem, expect_attention(spec, problem)) for problem in problems)
+
+
+def _problems(spec: KernelSpec, sizes: Sequence[ProblemSizes], page_size: int) -> Iterator[AttentionProblem]:
+    for one in sizes:
+        yield attention_problem(
+            spec,
+            q_lens=one.q_lens,
+            kv_lens=one.kv_lens,
+            page_size=page_size,
+            seed=one.seed,
+            budget=one.budget,
+            layout=one.layout,
+            magnitude=one.magnitude,
+        )
 
 
 def attention_problems(
     spec: KernelSpec, workload: Workload, page_size: int, seed: int, extent: Extent
 ) -> Iterator[AttentionProblem]:
+    """Those of attention_sizes."""
+    return _problems(spec, attention_sizes(workload, seed, extent), page_size)
+
+
+def attention_sizes(workload: Workload, seed: int, extent: Extent) -> tuple[ProblemSizes, ...]:
     """First ragged: an empty request, one without a prefix, a short one and one of several tiles, softmax peaked and
     heads before slots in memory. Then the workload's own shape, at a moderate size."""
     rows = min(workload.q_len, extent.rows)
-    if extent.ragged:
-        yield attention_problem(
-            spec,
-            q_lens=[rows, 1, rows, max(1, rows - 1)],
-            kv_lens=[rows + extent.ragged, 0, rows, rows + 30],
-            page_size=page_size,
-            seed=seed,
-            budget=min(workload.budget, extent.ragged // 3),
-            layout="hnd",
-            magnitude=4.0,
-        )
-    if extent.keys:
-        keys = max(rows, min(workload.kv_len, extent.keys))
-        yield attention_problem(
-            spec,
-            q_lens=[rows],
-            kv_lens=[keys],
-            page_size=page_size,
-            seed=seed + 1,
-            budget=workload.budget * keys // workload.kv_len,
-        )
+    keys = max(rows, min(workload.kv_len, extent.keys))
+    ragged = ProblemSizes(
+        q_lens=(rows, 1, rows, max(1, rows - 1)),
+        kv_lens=(rows + extent.ragged, 0, rows, rows + 30),
+        seed=seed,
+        budget=min(workload.budget, extent.ragged // 3),
+        layout="hnd",
+        magnitude=4.0,
+    )
+    own = ProblemSizes(q_lens=(rows,), kv_lens=(keys,), seed=seed + 1, budget=workload.budget * keys // workload.kv_len)
+    return (*((ragged,) if extent.ragged else ()), *((own,) if extent.keys else ()))
+
+
+def premises(spec: KernelSpec, workload: Workload, page_size: int, seed: int, extent: Extent) -> object:
+    """All that a proof's verdict depends on, besides the kernel's own text: equal for sizes that it cannot tell apart,
+    and for the heads of a selection, which sees rows of scores only."""
+    if spec.op == "select_kv":
+        return spec.op, spec.selection_heads, _own_prefix(workload, extent), seed, extent
+    return spec, attention_sizes(workload, seed, extent), page_size
 
 
 def moved(problem: AttentionProblem, device: str) -> AttentionProblem:
@@ -133,7 +162,7 @@ def selection_calls(
     prefix and of one that the budget covers, with layers, unions, blocks of keys and slots; and a row of many tiles,
     which several blocks of a GPU may share."""
     rows = spec.selection_heads
-    prefix = max(1, min(workload.kv_len, extent.keys) - workload.q_len)
+    prefix = _own_prefix(workload, extent)
     own = random_scores(1, rows, [prefix], prefix, seed)
     yield _selection_call(own, [prefix], TopK(ratio=0.07), device, sink=4, recent=16)
     lengths = [extent.ragged, 0, 5, 64]
@@ -156,6 +185,10 @@ def selection_calls(
     row = random_scores(1, 1, [LONG_ROW], LONG_ROW, seed + 2)
     for policy in (TopK(ratio=0.05), TopP(0.9)):
         yield _selection_call(row, [LONG_ROW], policy, device, sink=4, recent=16)
+
+
+def _own_prefix(workload: Workload, extent: Extent) -> int:
+    return max(1, min(workload.kv_len, extent.keys) - workload.q_len)
 
 
 def _selection_call(

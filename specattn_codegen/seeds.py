@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def seeds_for(task: Task, target: Target, roots: Sequence[Path]) -> list[Plan]:
 def model_seeds(task: Task, target: Target) -> list[Plan]:
     """The best of each workload in turn, then the second best, up to MODEL_SEEDS plans and one for each workload."""
     orders = [ranked(task.spec, workload, target.arch, target.backend) for workload in task.workloads]
-    in_turn = dict.fromkeys(plan for rank in zip(*orders, strict=True) for plan in rank)
-    return list(in_turn)[: max(MODEL_SEEDS, len(orders))]
+    count = max(MODEL_SEEDS, len(orders))
+    in_turn = dict.fromkeys(plan for rank in itertools.islice(zip(*orders, strict=True), count) for plan in rank)
+    return list(in_turn)[:count]
 
 
 def _relatives(task: Task, target: Target, roots: Sequence[Path]) -> Iterator[tuple[Silicon, Entry]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 from specattn_codegen import cost_model, space
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.resources import Resources
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -15,14 +17,19 @@ LEAST_DIFFERENCES = 2  # settings in which a plan differs from the ones before i
 
 def ranked(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> list[Plan]:
     """Every feasible plan, the best by its guessed resources first; in the order of the axes without a model."""
-    plans = list(space.feasible(spec, arch, backend))
+    guessed = _guessed(spec, arch, backend)
     if not cost_model.covers(spec, backend):
-        return plans
-    times = {
-        plan: cost_model.predict(spec, workload, plan, arch, cost_model.guess_resources(spec, plan, arch)).latency_us
-        for plan in plans
-    }
-    return sorted(plans, key=times.__getitem__)
+        return list(guessed)
+    times = {plan: cost_model.latency_us(spec, workload, plan, arch, taken) for plan, taken in guessed.items()}
+    return sorted(times, key=times.__getitem__)
+
+
+@functools.lru_cache(maxsize=2)  # one search ranks one space for several sizes
+def _guessed(spec: KernelSpec, arch: Arch, backend: Backend) -> dict[Plan, tuple[Resources, ...]]:
+    """Every feasible plan, with what its binary may take where the model covers it."""
+    covered = cost_model.covers(spec, backend)
+    plans = space.feasible(spec, arch, backend)
+    return {plan: cost_model.guess_resources(spec, plan, arch) if covered else () for plan in plans}
 
 
 def shortlist(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend, *, count: int) -> list[Plan]:

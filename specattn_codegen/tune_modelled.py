@@ -84,7 +84,7 @@ def _compile(
         if outcome.status is not Status.OK:
             return {}
         return {
-            workload.name: cost_model.predict(spec, workload, trial.plan, arch, outcome.resources).latency_us
+            workload.name: cost_model.latency_us(spec, workload, trial.plan, arch, outcome.resources)
             for workload in task.workloads
         }
 
@@ -114,7 +114,7 @@ def _compile(
 def _predicted_us(
     spec: KernelSpec, workload: Workload, plan: Plan, target: Target, resources: tuple[Resources, ...]
 ) -> float:
-    return cost_model.predict(spec, workload, plan, target.arch, resources).latency_us
+    return cost_model.latency_us(spec, workload, plan, target.arch, resources)
 
 
 def _typical_us(task: Task, plan: Plan, target: Target, resources: tuple[Resources, ...]) -> float:

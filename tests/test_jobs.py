@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from specattn_codegen import gpus, space
+from specattn_codegen import gpus, jobs, space
 from specattn_codegen.build import triton as triton_build
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import InterpretJob, interpreted_twin, render_for
+from specattn_codegen.outcome import Status
 from specattn_codegen.prove import attention_problems
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
@@ -41,3 +44,45 @@ def test_every_proof_covers_all_heads_several_row_tiles_and_several_splits(shape
         assert all_heads
         assert splits >= 2
         assert row_tiles >= 2 or twin.heads.group * WORKLOAD.q_len <= plan.integer("block_m")
+
+
+class AskedError(Exception):
+    """A proof was made."""
+
+
+def test_a_verdict_serves_every_gpu_and_every_size_that_the_proof_cannot_tell_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = spec((2, 1, 16))
+    plan = space.default_plan(small, ARCH, "triton")
+    job = InterpretJob(spec=small, plan=plan, arch=ARCH, workload=WORKLOAD, seed=0)
+    first = job.run()
+    assert first.status is Status.OK
+
+    def asked(*_: object, **__: object) -> None:
+        raise AskedError
+
+    monkeypatch.setattr(jobs, "prove", asked)
+    longer = dataclasses.replace(WORKLOAD, batch=1, kv_len=131072)
+    for same in ({}, {"arch": gpus.find("h100")}, {"workload": longer}):
+        assert dataclasses.replace(job, **same).run() == first
+    fewer = dataclasses.replace(WORKLOAD, q_len=1)
+    for other in ({"seed": 1}, {"workload": fewer}, {"plan": plan.replace(num_warps=2)}):
+        with pytest.raises(AskedError):
+            dataclasses.replace(job, **other).run()
+
+
+def test_a_verdict_is_not_believed_of_another_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for one kernel says nothing of one that differs in a single line."""
+    small = spec((2, 1, 16))
+    job = InterpretJob(spec=small, plan=space.default_plan(small, ARCH, "triton"), arch=ARCH, workload=WORKLOAD, seed=0)
+    assert job.run().status is Status.OK
+
+    def doubled(*arguments: object) -> object:
+        source = render_for(*arguments)  # pyright: ignore[reportArgumentType]
+        text = source.text.replace("LOGIT_SCALE = tl.constexpr(", "LOGIT_SCALE = tl.constexpr(2.0 * ")
+        assert text != source.text
+        return dataclasses.replace(source, text=text)
+
+    monkeypatch.setattr(jobs, "render_for", doubled)
+    assert job.run().status is Status.WRONG

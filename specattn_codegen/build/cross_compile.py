@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import msgspec
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -18,43 +17,40 @@ from specattn_codegen import paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.disassemble import amdgcn_usage, cubin_usage
 from specattn_codegen.build.module import import_source
+from specattn_codegen.build.program import function_program
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.build.store import publish
+from specattn_codegen.build.store import remembered
 from specattn_codegen.build.triton import is_interpreted
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
 from specattn_codegen.render import Source
 
-RESULT = "resources.json"
-
 
 def cross_compile(source: Source, arch: Arch) -> tuple[Resources, ...]:
     """Resources of every device function of `source` on `arch`, in the order they are launched.
 
-    Needs no GPU. Results are kept by source, target and Triton version. Raises BuildError with the compiler's last
-    line where a function does not compile.
+    Needs no GPU. Results are kept by source, target and Triton version, and those of a function by what of the source
+    it is made of: a selection is the same for all heads, and plans share what their settings do not touch. Raises
+    BuildError with the compiler's last line where a function does not compile.
     """
     kept = paths.cache_dir() / "resources" / "triton" / digest(source.digest, arch.target, triton.__version__)
-    if kept.is_dir():
-        return msgspec.json.decode((kept / RESULT).read_bytes(), type=tuple[Resources, ...])
-    if is_interpreted():
-        raise BuildError("TRITON_INTERPRET=1 replaces Triton's compiler; unset it in the process that cross-compiles")
-    resources = _compile_all(source, arch)
-
-    def write(folder: Path) -> None:
-        (folder / RESULT).write_bytes(msgspec.json.encode(resources))
-
-    publish(kept, write)
-    return resources
+    return remembered(kept, tuple[Resources, ...], lambda: _compile_all(source, arch))
 
 
 def _compile_all(source: Source, arch: Arch) -> tuple[Resources, ...]:
+    if is_interpreted():
+        raise BuildError("TRITON_INTERPRET=1 replaces Triton's compiler; unset it in the process that cross-compiles")
     kernels: dict[JITFunction, dict[str, int]] = import_source(source).KERNELS
     with tempfile.TemporaryDirectory() as scratch, knobs.cache.scope():
         knobs.cache.dir = scratch  # what is worth keeping is kept above
-        return tuple(
-            _resources(_compile(kernel, options, arch), arch, Path(scratch)) for kernel, options in kernels.items()
-        )
+        return tuple(_compile_one(source, kernel, options, arch, Path(scratch)) for kernel, options in kernels.items())
+
+
+def _compile_one(source: Source, kernel: JITFunction, options: dict[str, int], arch: Arch, scratch: Path) -> Resources:
+    program = function_program(source.text, kernel.__name__)
+    key = digest(program, kernel.__name__, options, arch.target, triton.__version__)
+    kept = paths.cache_dir() / "resources" / "triton-functions" / key
+    return remembered(kept, Resources, lambda: _resources(_compile(kernel, options, arch), arch, scratch))
 
 
 def binary_of(source: Source, arch: Arch, name: str) -> bytes:

@@ -10,8 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from specattn_codegen.errors import CacheError
+
+RESULT = "result.json"
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("specattn")
 
@@ -34,6 +41,19 @@ def publish(destination: Path, write: Callable[[Path], None]) -> Path:
             f"cannot write the kernel cache {destination.parent}, nor a temporary folder: {error.strerror or error}; "
             "free some space or set SPECATTN_CACHE_DIR to a writable folder"
         ) from error
+
+
+def remembered(kept: Path, kind: type[Result], make: Callable[[], Result]) -> Result:
+    """A result that is kept as JSON in the folder `kept`, made first where there is none."""
+    if kept.is_dir():
+        return msgspec.json.decode((kept / RESULT).read_bytes(), type=kind)
+    result = make()
+
+    def write(folder: Path) -> None:
+        (folder / RESULT).write_bytes(msgspec.json.encode(result))
+
+    publish(kept, write)
+    return result
 
 
 def _publish(destination: Path, write: Callable[[Path], None]) -> Path:

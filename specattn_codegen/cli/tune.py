@@ -45,7 +45,7 @@ Examples:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @options
-@click.option("--trials", type=int, help="Plans tried per search. [16 where modelled, 12 where measured]")
+@click.option("--trials", type=int, help="Plans tried per search. [8 where modelled, 12 where measured]")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True, help="How plans are chosen.")

@@ -99,7 +99,7 @@ def _conversion_ops(spec: KernelSpec, plan: Plan) -> float:
 
 
 def _address_ops(plan: Plan) -> float:
-    return 0.0 if plan.as_dict().get("kv_load") == "descriptor" else ADDRESS_OPS
+    return 0.0 if plan.get("kv_load") == "descriptor" else ADDRESS_OPS
 
 
 def _attend(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources) -> Launch:

@@ -19,7 +19,7 @@ def best_proved(spec: KernelSpec, workload: Workload, arch: Arch, proved: Iterab
     default = space.default_plan(spec, arch, space.backends_for(arch)[0])
     taken = {plan: cost_model.guess_resources(spec, plan, arch) for plan in (default, *proved)}
     times = {
-        plan: cost_model.predict(spec, workload, plan, arch, resources).latency_us
+        plan: cost_model.latency_us(spec, workload, plan, arch, resources)
         for plan, resources in taken.items()
         if plan == default or cost_model.why_unfit(resources, arch) is None
     }

@@ -65,9 +65,8 @@ def reentrant(plan: Plan) -> Plan:
 
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
-    if plan.backend not in backends_for(arch):
-        return f"backend {plan.backend} does not run on {arch.name}"
-    if plan.backend == "tilelang" and (reason := tilelang.why_unserved(spec)) is not None:
+    reason = _why_unserved(spec, arch, plan.backend)
+    if reason is not None:
         return reason
     choices = {axis.name: axis.values for axis in axes(spec, plan.backend)}
     settings = plan.as_dict()
@@ -79,10 +78,18 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     return _SPACES[plan.backend].why_invalid(plan, spec, arch)
 
 
+def _why_unserved(spec: KernelSpec, arch: Arch, backend: Backend) -> str | None:
+    if backend not in backends_for(arch):
+        return f"backend {backend} does not run on {arch.name}"
+    return tilelang.why_unserved(spec) if backend == "tilelang" else None
+
+
 def feasible(spec: KernelSpec, arch: Arch, backend: Backend) -> Iterator[Plan]:
     """Every valid plan, in the order of the axes."""
+    if _why_unserved(spec, arch, backend) is not None:
+        return
     space = axes(spec, backend)
     for values in itertools.product(*(axis.values for axis in space)):
         plan = Plan.of(backend, **dict(zip((axis.name for axis in space), values, strict=True)))
-        if why_invalid(plan, spec, arch) is None:
+        if _SPACES[backend].why_invalid(plan, spec, arch) is None:
             yield plan

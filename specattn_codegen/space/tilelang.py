@@ -114,7 +114,7 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
 
 def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
     """32-bit registers a thread needs for the output tile, the logits, the weights and what is averaged of them."""
-    tiles = 3 if plan.as_dict().get("score_method") == "fused" else 2
+    tiles = 3 if plan.get("score_method") == "fused" else 2
     elements = plan.integer("block_m") * (spec.heads.v_head_dim + tiles * plan.integer("block_n"))
     return elements // (plan.integer("num_warps") * arch.warp_size)
 

@@ -107,7 +107,7 @@ def reentrant(plan: Plan) -> Plan:
 
 def merges_last(plan: Plan) -> bool:
     """Whether the last block of a tile of rows merges its splits, and no kernel of its own."""
-    return plan.as_dict().get("merge") == "fused"
+    return plan.get("merge") == "fused"
 
 
 def _plans_by_preference(spec: KernelSpec, arch: Arch) -> Iterator[Plan]:
@@ -217,7 +217,7 @@ def operand_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
         return 0
     tile = plan.integer("block_n") * (padded(spec.heads.head_dim) + padded(spec.heads.v_head_dim))
     words = 0.0
-    if plan.as_dict().get("kv_load") != "descriptor":
+    if plan.get("kv_load") != "descriptor":
         words += tile * spec.cache_bytes / GATHER_BYTES * 2
     if plan["num_stages"] == 1:
         words += tile * spec.cache_bytes / 4
