@@ -19,7 +19,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from specattn_codegen.errors import SpecError
@@ -46,24 +46,21 @@ class Share:
 
 def reap(study: optuna.Study) -> int:
     """Fails the trials whose workers are gone; how many there were."""
-    lost = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if _is_lost(str(trial.user_attrs.get(WORKER, "")), trial.datetime_start)
-    ]
+    lost = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_lost(trial)]
     for trial in lost:
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     return len(lost)
 
 
-def _is_lost(worker: str, started: dt.datetime | None) -> bool:
-    host, _, process = worker.partition(":")
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether the worker of a trial that is under way is gone, or must be taken to be."""
+    host, _, process = str(trial.user_attrs.get(WORKER, "")).partition(":")
     pid, _, start = process.partition(":")
     if host == socket.gethostname() and start:
         return _start_of(int(pid)) != start
-    if started is None:
+    if trial.datetime_start is None:
         return True
-    return (dt.datetime.now() - started).total_seconds() > LOST_AFTER_S
+    return (dt.datetime.now() - trial.datetime_start).total_seconds() > LOST_AFTER_S
 
 
 def worker_name() -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.storages import BaseStorage
 
 from specattn_codegen import environment, paths, seeds, space
+from specattn_codegen.claims import SEARCHES, Claims
 from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
 from specattn_codegen.measure import POLICY
@@ -53,6 +54,30 @@ def study_name(task: Task, target: Target) -> str:
     return f"{arch.name} {spec.heads.name} {task.name} {identity}"
 
 
+@dataclass(slots=True)
+class InTurn(Collection[Task]):
+    """Tasks in the order in which one worker of several takes them: what nobody is at first, then what others are at,
+    then what is done, of which it only hears."""
+
+    tasks: Sequence[Task]
+    name: Callable[[Task], str]
+    claims: Claims
+    searches: dict[Task, Search]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        waiting = {self.name(task): task for task in self.tasks}
+        while waiting:
+            task = waiting.pop(self.claims.take(list(waiting)))
+            yield task
+            self.claims.release(done=self.searches[task].left <= 0)
+
+
 def tune(
     tasks: Sequence[Task], target: Target, budget: Budget, listener: Listener, out: Path, method: Method = USUAL
 ) -> None:
@@ -65,17 +90,23 @@ def tune(
     (heads,) = {task.spec.heads for task in tasks}
     logbook = Logbook.open(target, heads)
     winners = winners_of(out, target, heads)
+    storage, worker, searches = method.storage, worker_name(), dict[Task, Search]()
+    claims = None if storage is None else Claims(storage, SEARCHES, worker)
 
     def search_for(task: Task) -> Search:
         share = None
-        if method.storage is not None:
-            share = Share(storage=method.storage, name=study_name(task, target), worker=worker_name())
+        if storage is not None:
+            share = Share(storage=storage, name=study_name(task, target), worker=worker)
         strategy = Strategy(sampler=method.sampler, trials=budget.trials, seed=budget.seed, share=share)
         found = seeds.seeds_for(task, target, (out, *paths.pack_layers()))
-        return Search(space_of(task.spec, target.arch, target.backend), seeds=found, strategy=strategy)
+        searches[task] = Search(space_of(task.spec, target.arch, target.backend), seeds=found, strategy=strategy)
+        return searches[task]
 
     strategy = tune_measured if target.is_present else tune_modelled
+    turns = tasks if claims is None else InTurn(tasks, lambda task: study_name(task, target), claims, searches)
     try:
-        strategy(tasks, target, budget, logbook, listener, winners.send, search_for, method.workforce)
+        strategy(turns, target, budget, logbook, listener, winners.send, search_for, method.workforce)
     finally:
+        if claims is not None:
+            claims.release(done=False)
         require_saved(logbook.records, winners)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from specattn_codegen import record, space
 from specattn_codegen.cost_model.floor import floor_us
@@ -36,7 +36,7 @@ FINAL_SECONDS = 1.0  # of timing for each finalist
 
 
 def tune_measured(
-    tasks: Sequence[Task],
+    tasks: Collection[Task],
     target: Target,
     budget: Budget,
     logbook: Logbook,
@@ -83,6 +83,7 @@ def _explore(
     """
     default = space.default_plan(task.spec, target.arch, target.backend)
     listener.task_started(task, search.left)
+    _listen(search, task, timed)
     plans = search.ask(BATCH)
     builders.start(_build_jobs(task, plans, target))
     while plans:

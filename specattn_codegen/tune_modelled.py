@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from specattn_codegen import cost_model, record, space
 from specattn_codegen.build.resources import Resources
@@ -38,7 +38,7 @@ MODEL_ERROR = 0.02
 
 
 def tune_modelled(
-    tasks: Sequence[Task],
+    tasks: Collection[Task],
     target: Target,
     budget: Budget,
     logbook: Logbook,
@@ -91,6 +91,7 @@ def _compile(
     listener.task_started(task, search.left)
     compiled: dict[Plan, tuple[Resources, ...]] = {}
     best: float | None = None
+    _listen(search, compiled)
     while plans := search.ask(BATCH):
         for trial in logbook.run(pool, [compile_trial(spec, plan, target) for plan in plans], predict):
             if trial.plan == space.default_plan(spec, arch, target.backend):
@@ -102,13 +103,18 @@ def _compile(
                 best = value if best is None else min(best, value)
             search.tell(trial.plan, value, canonical_json(trial))
             listener.trial_done(task, trial, best)
-        for trial in record.decode(search.heard()):
-            if trial.stage == "compile" and trial.outcome.status is Status.OK:
-                compiled[trial.plan] = trial.outcome.resources
+        _listen(search, compiled)
         if budget.is_spent:
             break
     search.close()
     return compiled
+
+
+def _listen(search: Proposer, compiled: dict[Plan, tuple[Resources, ...]]) -> None:
+    """What others have compiled who share the search."""
+    for trial in record.decode(search.heard()):
+        if trial.stage == "compile" and trial.outcome.status is Status.OK:
+            compiled[trial.plan] = trial.outcome.resources
 
 
 def _predicted_us(

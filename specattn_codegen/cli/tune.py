@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 
 from specattn_codegen import gpus, models, pack, paths
+from specattn_codegen.claims import own_device
 from specattn_codegen.cli import console, tune_bundle
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table
 from specattn_codegen.cli.progress import console as output
@@ -19,7 +21,7 @@ from specattn_codegen.cli.tune_request import Request, find_budget, options, req
 from specattn_codegen.environment import device_name
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.search import SAMPLERS, Sampler
-from specattn_codegen.shared_study import storage_at
+from specattn_codegen.shared_study import storage_at, worker_name
 from specattn_codegen.tune import Method, tune
 from specattn_codegen.tune_session import Budget, Target
 
@@ -35,6 +37,14 @@ Examples:
   specattn-tune --heads 32,8,128 --gpu cpu --dtype bfloat16 --timeout 120 --out ./packs
   specattn-tune --heads 32,8,128 --gpu cpu --storage journal:studies.log --report tuning.html
   specattn-tune --heads 32,8,128 --gpu h100 --explain
+
+\b
+Many processes may share the searches: start the same command, with one --storage, wherever it can be reached.
+  journal:PATH                          for processes of one machine
+  postgresql+psycopg://USER@HOST/NAME   or another database, for many machines
+  grpc://HOST:PORT                      the proxy that Optuna starts with run_grpc_proxy_server
+Each takes the kernels and sizes that nobody is at, then helps where others are; on a machine with several GPUs each
+takes the next free one. They may join, leave and be killed at any time. optuna-dashboard opens the same storage.
 """
 
 
@@ -49,7 +59,7 @@ Examples:
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True, help="How plans are chosen.")
-@click.option("--storage", metavar="URL", help="Share the searches: journal:PATH, grpc://HOST:PORT or a database URL.")
+@click.option("--storage", metavar="URL", help="Share the searches, below.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of packs. [the user's own]")
 @click.option("--report", type=click.Path(path_type=Path), metavar="HTML", help="Write a page about the run.")
 @click.option("--explain", is_flag=True, help="Print what the cost model says of the default and of its own choice.")
@@ -92,16 +102,20 @@ def command(
         return
     require_writable(paths.cache_dir(), "SPECATTN_CACHE_DIR")
     request = Request(**asked)  # pyright: ignore[reportArgumentType] - click has checked every one of them
-    target = request.target()
     kinds = request.kinds()
     if explain:
-        importlib.import_module(MODEL).explain(request, kinds, target, output())
+        importlib.import_module(MODEL).explain(request, kinds, request.target(), output())
         return
     folder = require_writable(out or paths.user_packs_dir(), "--out")
     if report is not None:
         require_writable(report.parent, "--report")
-    budget = find_budget(trials, timeout, seed, is_present=target.is_present)
-    with storage_at(storage) if storage else contextlib.nullcontext() as shared:
+    with contextlib.ExitStack() as held:
+        shared = held.enter_context(storage_at(storage)) if storage else None
+        count = 0 if shared is None or request.gpu == "cpu" else torch.cuda.device_count()
+        if shared is not None and count:
+            held.enter_context(own_device(shared, worker_name(), count))
+        target = request.target()
+        budget = find_budget(trials, timeout, seed, is_present=target.is_present)
         tune_all(request, kinds, target, budget, Method(sampler=sampler, storage=shared), folder, report)
 
 
