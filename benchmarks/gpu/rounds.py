@@ -20,7 +20,8 @@ from specattn_codegen.spec import ScoreSpec
 from specattn_codegen.workloads import BUDGET
 from specattn_runtime.acceptance import accept_greedy
 from specattn_runtime.dispatch import Kernels
-from specattn_runtime.llama import Layer, Linear, Llama
+from specattn_runtime.linear import Linear
+from specattn_runtime.llama import Layer, Llama
 from specattn_runtime.llama_config import LlamaConfig
 from specattn_runtime.rope import Rope
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from specattn_codegen.errors import CheckpointError
-from specattn_runtime.llama import Layer, Linear, Llama
+from specattn_runtime.linear import Linear, PackedLinear, linear
+from specattn_runtime.llama import Layer, Llama
 from specattn_runtime.llama_config import LlamaConfig, read_config
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,22 +56,20 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 def build_llama(config: LlamaConfig, tensors: Tensors) -> Llama:
     """A Llama from tensors named and shaped as `expected_shapes` says."""
 
-    def linear(layer: int, *names: str) -> Linear:
+    def product(layer: int, *names: str) -> Linear | PackedLinear:
         """Several projections of the same input, stacked into one."""
         parts = [f"model.layers.{layer}.{name}" for name in names]
         biases = [tensors[f"{part}.bias"] for part in parts if f"{part}.bias" in tensors]
-        return Linear(
-            weight=torch.cat([tensors[f"{part}.weight"] for part in parts]), bias=torch.cat(biases) if biases else None
-        )
+        return linear(torch.cat([tensors[f"{part}.weight"] for part in parts]), torch.cat(biases) if biases else None)
 
     layers = tuple(
         Layer(
             attention_norm=tensors[f"model.layers.{index}.input_layernorm.weight"],
-            qkv=linear(index, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            output=linear(index, "self_attn.o_proj"),
+            qkv=product(index, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            output=product(index, "self_attn.o_proj"),
             mlp_norm=tensors[f"model.layers.{index}.post_attention_layernorm.weight"],
-            gate_up=linear(index, "mlp.gate_proj", "mlp.up_proj"),
-            down=linear(index, "mlp.down_proj"),
+            gate_up=product(index, "mlp.gate_proj", "mlp.up_proj"),
+            down=product(index, "mlp.down_proj"),
         )
         for index in range(config.num_layers)
     )

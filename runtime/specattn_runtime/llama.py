@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from specattn_codegen.heads import HeadConfig
+from specattn_runtime.linear import Linear, PackedLinear
 from specattn_runtime.llama_config import LlamaConfig
 from specattn_runtime.rope import rotate
 
@@ -20,26 +21,15 @@ class Attention(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """weight [out, in], bias [out] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """One layer's weights; q, k and v are one matrix, gate and up another, so that each is one product."""
 
     attention_norm: torch.Tensor
-    qkv: Linear
-    output: Linear
+    qkv: Linear | PackedLinear
+    output: Linear | PackedLinear
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | PackedLinear
+    down: Linear | PackedLinear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
