@@ -76,7 +76,7 @@ def test_a_pages_score_is_the_most_any_query_of_the_group_could_give_a_key_betwe
         append(cache, request, count, generator)
     q = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator)
     assert cache.bounds is not None
-    found = cache.bounds.scores(1, q, cache.page_table[:, :4])
+    found = cache.bounds.of(cache.page_table[:, :4]).scores(1, q)
     for request in range(2):
         for number, page in enumerate(cache.pages(request)):
             low, high = (

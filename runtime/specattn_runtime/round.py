@@ -23,7 +23,7 @@ from specattn_runtime.acceptance import accept_greedy, accept_sampled
 from specattn_runtime.draft_view import DraftView, merge_views
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Attention
-from specattn_runtime.page_bounds import PageBounds
+from specattn_runtime.page_bounds import PageBounds, RequestBounds
 from specattn_runtime.phases import Draft, KeyValues, Prefill, Verify
 from specattn_runtime.presets import Preset
 from specattn_runtime.references import row_references
@@ -162,9 +162,13 @@ class Decoder:
         probabilities: list[torch.Tensor] = []  # of each step [B, V]
         lses: list[torch.Tensor] = []  # of each step [layers, B, Hq], NaN for requests it did not run
         sampled = any(turn and not turn.sampling.greedy for turn in turns)
+        bounds: RequestBounds | None = None
         for step in range(steps):
             drafting = [turn if turn and step < turn.draft_len else None for turn in turns]
-            rows, logits, found_lses = self._draft_step(drafting, tokens[:, step], view)
+            rows = self.cache.extend([int(turn is not None) for turn in drafting])
+            if self.preset.uses_page_bounds and bounds is None:
+                bounds = self._bounds(rows)
+            logits, found_lses = self._draft_step(drafting, rows, tokens[:, step], view, bounds)
             if sampled:
                 drawn, found = _draw_drafts([turn for turn in drafting if turn], step, logits)
                 tokens[rows.requests, step + 1] = drawn
@@ -182,19 +186,18 @@ class Decoder:
         )
 
     def _draft_step(
-        self, drafting: Turns, tokens: torch.Tensor, view: DraftView
-    ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-        """A token of tokens [B] for each turn: its rows, their logits [N, V] and every layer's lse [layers, N, Hq]."""
-        rows = self.cache.extend([int(turn is not None) for turn in drafting])
+        self, drafting: Turns, rows: Rows, tokens: torch.Tensor, view: DraftView, bounds: RequestBounds | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of tokens [B] for each turn: its row's logits [N, V] and every layer's lse [layers, N, Hq]."""
         attention = Draft(
             kernels=self.kernels,
             cache=self.cache,
             rows=rows,
-            choose=self._choice(drafting, rows, view),
+            choose=self._choice(drafting, rows, view, bounds),
             tail_start=view.tail_start,
         )
         hidden = self.model.forward(tokens[rows.requests], rows.positions, attention)
-        return rows, self.model.logits(hidden), torch.stack(attention.lses)
+        return self.model.logits(hidden), torch.stack(attention.lses)
 
     def verify(self, turns: Turns, drafted: Drafted) -> Verified:
         """Every turn's tokens and drafts over the whole cache; overwrites provisional keys in their slots.
@@ -273,23 +276,27 @@ class Decoder:
         found = tuple(Selection(indices, counts, chosen.block) for indices, counts in per_layer)
         return found * (layers // len(found))
 
-    def _choice(self, turns: Turns, rows: Rows, view: DraftView) -> Callable[[int, torch.Tensor], Selection]:
-        """Which keys a draft step reads: the view's, or the best pages for its own queries."""
-        if not self.preset.uses_page_bounds:
-            return lambda layer, _: view.selections[layer]
-        bounds, size = self.cache.bounds, self.cache.page_size
-        if bounds is None:
+    def _bounds(self, rows: Rows) -> RequestBounds:
+        """Of every request's pages, before the rows' keys are in them: drafts select keys of the prefix."""
+        if self.cache.bounds is None:
             raise SpecError(
                 f"preset={self.preset.name}: ranks pages by bounds that this cache does not keep; give it "
                 "page_bounds=True, or a foreign cache PageBounds of its own"
             )
-        pages = rows.page_table[:, : -(-rows.max_kv // size)]
+        return self.cache.bounds.of(rows.page_table[:, : -(-rows.max_kv // self.cache.page_size)])
+
+    def _choice(
+        self, turns: Turns, rows: Rows, view: DraftView, bounds: RequestBounds | None
+    ) -> Callable[[int, torch.Tensor], Selection]:
+        """Which keys a draft step reads: the view's, or the best pages for its own queries."""
+        if bounds is None:
+            return lambda layer, _: view.selections[layer]
         policies = [turn.policy if turn else None for turn in turns]
 
         def best_pages(layer: int, q: torch.Tensor) -> Selection:
             queries = q.new_zeros(len(turns), *q.shape[1:])
             queries[rows.requests] = q
-            return self._chosen(bounds.scores(layer, queries, pages), view.tail_start, policies, size)
+            return self._chosen(bounds.scores(layer, queries), view.tail_start, policies, self.cache.page_size)
 
         return best_pages
 
