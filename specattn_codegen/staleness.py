@@ -17,11 +17,13 @@ from specattn_codegen.spec import KernelSpec
 
 Grade = Literal["exact", "compatible", "stale", "invalid"]
 
+# And what dispatch makes of it.
 MEANING: dict[Grade, str] = {
-    "exact": "the same kernel text, search space and compiler as when it was tuned",
-    "compatible": "another version of the compiler; the same text and space",
-    "stale": "the templates, the space or the compiler changed since; the plan still holds, its times may not",
-    "invalid": "today's space refuses the plan, or it has fields this version does not know; it is never used",
+    "exact": "the same kernel text, search space and compiler as when it was tuned; served",
+    "compatible": "another version of the compiler, the same text and space; served",
+    "stale": "the templates, the space or the compiler changed since, so its proof and times are of an earlier kernel; "
+    "today's space still takes the plan; served, with one warning that names the tune command",
+    "invalid": "today's space refuses the plan, or it has fields this version does not know; passed over, as if absent",
 }
 
 

@@ -49,6 +49,32 @@ def model_specs(
     return tuple(spec for spec in wanted if spec.op in ops)
 
 
+def mixed_specs(
+    heads: HeadConfig, *, dtype: Dtype, kv_dtype: KvDtype | None = None, page_size: int
+) -> list[KernelSpec]:
+    """The mixed batches of the presets: scores and selections that go together, and batches without scores."""
+    together: tuple[tuple[ScoreSpec | None, ScoreHeads], ...] = (
+        (None, "kv_head"),
+        (None, "layer"),
+        (PILLAR_SCORES, "kv_head"),
+        (VEGAS_SCORES, "layer"),
+        (REFERENCE_SCORES, "kv_head"),
+    )
+    return [
+        KernelSpec(
+            op="mixed_attention",
+            heads=heads,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            page_size=page_size,
+            score=score,
+            selection=selection,
+        )
+        for score, selection in together
+        if heads.window is None
+    ]
+
+
 def select_spec(heads: HeadConfig, *, layer_shared: bool) -> KernelSpec:
     """select_kv reads float32 scores and no cache, so neither the cache's dtype nor its pages matter."""
     return KernelSpec(op="select_kv", heads=heads, selection="layer" if layer_shared else "kv_head")

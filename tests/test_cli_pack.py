@@ -66,6 +66,10 @@ def test_packs_are_listed_by_layer_and_a_bad_one_says_why(run: Run, user: Path) 
     assert code == 0
     assert "site: none in" in out
     assert out.index("user ") < out.index("shipped ")
+    assert "today" not in out
+    rows = {(row["layer"], row["pack"]): row["today"] for row in json.loads(run("list", "--json", "--today")[1])}
+    assert rows["user", "h100/q32-kv8-d128"] == "2 exact"
+    assert rows["user", "h200/q32-kv8-d128"] == ""
 
 
 def test_a_pack_is_shown_with_what_holds_today(run: Run, user: Path) -> None:

@@ -35,11 +35,11 @@ PAGE_SIZE = 8
 PLAIN = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
 ODD = HeadConfig(num_q_heads=4, num_kv_heads=1, head_dim=24, v_head_dim=16, softcap=20.0, sinks=True)
 WINDOW = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32, window=9)
-CASES: dict[str, tuple[HeadConfig, Dtype, KvDtype | None]] = {
-    "plain": (PLAIN, "float32", None),
-    "odd": (ODD, "float16", None),
-    "window": (WINDOW, "float16", None),
-    "float8": (PLAIN, "float16", "float8_e4m3"),
+CASES: dict[str, tuple[HeadConfig, Dtype, KvDtype | None, str]] = {
+    "plain": (PLAIN, "float32", None, "hf-kernels"),
+    "odd": (ODD, "float16", None, "folder"),
+    "window": (WINDOW, "float16", None, "hf-kernels"),
+    "float8": (PLAIN, "float16", "float8_e4m3", "folder"),
 }
 
 # A process that cannot import this project, whatever is installed: it runs the code that follows.
@@ -59,9 +59,10 @@ def tuned(root: Path, specs: tuple[KernelSpec, ...], arch: Arch = ARCH) -> Path:
     entries = []
     for spec in specs:
         default = space.default_plan(spec, arch, "triton")
-        other = next(plan for plan in space.feasible(spec, arch, "triton") if plan != default)
+        others = (plan for plan in space.feasible(spec, arch, "triton") if plan != default)
+        other = next(plan for plan in others if plan.as_dict().get("merge", "fused") == "fused")  # as it takes counters
         sizes = default_workloads(spec, arch)
-        for workload, plan in ((sizes[0], default), (sizes[-1], other)):
+        for workload, plan in ((sizes[0], other), (sizes[-1], default)):
             entries.append(
                 Entry(
                     spec=spec,
@@ -105,46 +106,61 @@ def run_without_the_project(folder: Path, package: str, code: str) -> str:
 
 
 COMPARE = """
-import torch, PACKAGE_NAME as kernels
+import importlib, torch
+kernels = importlib.import_module(PACKAGE)
 p = torch.load(FOLDER + "/problem.pt")
 inputs = [p[name] for name in ("q", "k_cache", "v_cache", "page_table", "kv_lens", "cu_q")]
-rows = dict(max_q=p["max_q"], max_kv=p["max_kv"])
+rows_of = dict(max_q=p["max_q"], max_kv=p["max_kv"])
 more = {name: p[name] for name in ("sinks", "k_scale", "v_scale") if p[name] is not None}
-plain = kernels.verify_attention(*inputs, **rows, **more)
+plain = kernels.verify_attention(*inputs, **rows_of, **more)
 found = {"plain": tuple(plain[:2])}
 if p["scores"]:
     for score in kernels.SCORES:
         reference = {"lse_ref": p["lse_ref"]} if "reference" in score else {}
-        found[score] = tuple(kernels.verify_attention(*inputs, **rows, **more, score=score, **reference))
+        found[score] = tuple(kernels.verify_attention(*inputs, **rows_of, **more, score=score, **reference))
     chosen = kernels.select_kv(found["all-kv_head"][2], p["tail_start"], k=12, sink=2, recent=3)
     found["chosen"] = tuple(chosen[:2])
     given = kernels.Selection(p["indices"], p["counts"])
-    found["sparse"] = tuple(kernels.sparse_attention(*inputs, given, p["tail_start"], **rows, **more))
+    found["sparse"] = tuple(kernels.sparse_attention(*inputs, given, p["tail_start"], **rows_of, **more))
+    for (score, rows), name in kernels.MIXED.items():
+        if rows == p["indices"].shape[1]:
+            reference = {"lse_ref": p["lse_ref"]} if "reference" in (score or "") else {}
+            tensors = (*inputs, given, p["tail_start"], p["mode"])
+            found[name] = tuple(kernels.mixed_attention(*tensors, **rows_of, **more, score=score, **reference))
     try:
         import specattn_codegen
     except ImportError as error:
         print("blocked:", error)
 torch.save(found, FOLDER + "/found.pt")
-import PACKAGE_NAME.smoke_test
-kernels.smoke_test.main()
+importlib.import_module(PACKAGE + ".smoke_test").main()
+"""
+
+# How Hugging Face's `kernels` imports the variant that it has fetched: by its path, under a name of its own.
+AS_KERNELS_DOES = """
+import importlib.util
+variant = importlib.util.spec_from_file_location(PACKAGE, FOLDER + "/build/torch-cuda/__init__.py")
+sys.modules[PACKAGE] = importlib.util.module_from_spec(variant)
+variant.loader.exec_module(sys.modules[PACKAGE])
 """
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_export_agrees_with_the_oracle_where_the_project_is_blocked(tmp_path: Path, name: str) -> None:
-    heads, dtype, kv_dtype = CASES[name]
+    heads, dtype, kv_dtype, layout = CASES[name]
     export = exported(tmp_path, heads, dtype, kv_dtype)
     folder = tmp_path / "out"
-    write(folder, folder_files(export))
+    write(folder, cli.LAYOUTS[layout](export))
     verify = KernelSpec(op="verify_attention", heads=heads, dtype=dtype, kv_dtype=kv_dtype, page_size=PAGE_SIZE)
     sparse = dataclasses.replace(verify, op="sparse_attention", selection="kv_head")
-    scores = [table.spec for table in export.tables if table.spec.score]
+    scores = [table.spec for table in export.tables if table.spec.score and table.spec.op == "verify_attention"]
     drafted = attention_problem(sparse, q_lens=[3, 1], kv_lens=[61, 17], page_size=PAGE_SIZE, seed=3, budget=10)
     guesses = torch.randn(4, heads.num_q_heads, generator=torch.Generator().manual_seed(4)) + 3.0
     fields = {field: getattr(drafted, field) for field in AttentionProblem.__dataclass_fields__}
-    torch.save({**fields, "lse_ref": guesses, "scores": bool(scores)}, folder / "problem.pt")
+    modes = torch.tensor([0, 1], dtype=torch.int32)
+    torch.save({**fields, "mode": modes, "lse_ref": guesses, "scores": bool(scores)}, folder / "problem.pt")
     problem = dataclasses.replace(drafted, indices=None, counts=None)
-    shown = run_without_the_project(folder, export.package, COMPARE.replace("PACKAGE_NAME", export.package))
+    code = COMPARE if layout == "folder" else AS_KERNELS_DOES + COMPARE
+    shown = run_without_the_project(folder, export.package, code)
     assert shown.splitlines()[-1] == "ok"  # of its own smoke test
     found = torch.load(folder / "found.pt")
     assert check_attention(verify, problem, *found.pop("plain")).passed
@@ -162,6 +178,12 @@ def test_an_export_agrees_with_the_oracle_where_the_project_is_blocked(tmp_path:
         out, lse, given = found.pop(spec.score.name)
         asked = dataclasses.replace(problem, lse_ref=guesses if spec.score.normaliser == "reference" else None)
         assert check_attention(spec, asked, out, lse, given).passed, spec.name
+    mixed = [table.spec for table in export.tables if table.spec.name in found]
+    assert len(mixed) >= 3
+    for spec in mixed:
+        reads_guesses = spec.score is not None and spec.score.normaliser == "reference"
+        asked = dataclasses.replace(drafted, mode=modes, lse_ref=guesses if reads_guesses else None)
+        assert check_attention(spec, asked, *found.pop(spec.name)).passed, spec.name
     assert found == {}
 
 
@@ -195,12 +217,13 @@ def test_the_table_is_the_ladders(tmp_path: Path) -> None:
         found = known.tuned(spec, workload)
         if found is not None:
             served += 1
-            assert kernel == f"{spec.op}_{render(spec, found.plan, 'triton').digest[:10]}", (spec.name, workload)
+            plan = space.for_mixed(found.plan, spec, ARCH) if spec.op == "mixed_attention" else found.plan
+            assert kernel == f"{spec.op}_{render(spec, plan, 'triton').digest[:10]}", (spec.name, workload)
         else:
             rows = next(table.rows for table in export.tables if table.spec == spec)
             nearest = min(rows, key=lambda row: buckets.distance(spec.op, row.workload, workload))
             assert kernel == nearest.kernel
-    assert 0.3 < served / len(asked) < 1.0
+    assert 0.25 < served / len(asked) < 1.0
 
 
 def test_a_kernel_repository_holds_the_variant_its_metadata_and_an_installable_config(tmp_path: Path) -> None:
@@ -251,7 +274,8 @@ def test_the_command_exports_what_packs_have_and_refuses_what_it_cannot(
 
     wanted = ("--heads", "4,2,32", "--gpu", "h100", "--out", str(tmp_path / "out"))
     assert run(*wanted) == 0
-    assert "16 exact: modelled, proved by interpreter" in capsys.readouterr().out
+    assert "16 exact: modelled, proved by interpreter\n" in (shown := capsys.readouterr().out)
+    assert "10 exact: modelled, proved by interpreter as verify_attention\n" in shown
     assert (tmp_path / "out" / "specattn_h100_q4_kv2_d32" / "decision.py").is_file()
     refusals = {
         "is not an empty folder": wanted,

@@ -369,8 +369,8 @@ class Kernels:
         if grade_source(candidate.entry, source) == "stale":
             self._warn_once(
                 "stale",
-                f"{candidate.path} was tuned before today's templates, space or compiler; its plans hold, its times "
-                f"may not; to renew it: {self._tune_command()}",
+                f"{candidate.path} was tuned before today's templates, space or compiler; its plans hold, its "
+                f"proofs and times are of earlier kernels; to renew it: {self._tune_command()}",
             )
 
     def _warn_once(self, topic: str, message: str) -> None:

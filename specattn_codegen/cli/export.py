@@ -19,7 +19,7 @@ from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack_file import LICENCE
 from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype
-from specattn_codegen.workloads import TUNED_OPS, model_specs
+from specattn_codegen.workloads import TUNED_OPS, mixed_specs, model_specs
 
 LAYOUTS = {"folder": folder_files, "hf-kernels": repository_files}
 EXAMPLES = """
@@ -101,8 +101,9 @@ def exported(
     packs: tuple[Path, ...],
 ) -> Export:
     specs = model_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, ops=TUNED_OPS)
+    mixed = mixed_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size)
     found = ladder.read(arch, heads, paths.pack_layers(*packs))
-    return Export(name=name, arch=arch, heads=heads, licence=LICENCE, tables=tables(specs, found))
+    return Export(name=name, arch=arch, heads=heads, licence=LICENCE, tables=tables([*specs, *mixed], found))
 
 
 def report(export: Export, folder: Path, layout: str) -> None:

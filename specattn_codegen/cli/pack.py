@@ -111,6 +111,11 @@ def grades(found: Pack) -> list[Grade]:
     return [grade(entry, arch) for entry in found.entries]
 
 
+def graded(found: Pack) -> dict[str, int]:
+    """How many entries have each grade."""
+    return {str(name): count for name, count in Counter(grades(found)).items()}
+
+
 def say(line: str) -> None:
     output().print(line, markup=False, soft_wrap=True)
 
@@ -118,15 +123,17 @@ def say(line: str) -> None:
 @command.command("list")
 @packs_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON value instead of a table.")
-def list_packs(packs: tuple[Path, ...], as_json: bool) -> None:
+@click.option("--today", is_flag=True, help="Also how much of each still holds, for which every kernel is rendered.")
+def list_packs(packs: tuple[Path, ...], as_json: bool, today: bool) -> None:
     """Every pack that lookups see, the first layer first."""
-    rows = [_row(place) for place in places(packs)]
+    rows = [_row(place, today=today) for place in places(packs)]
     if as_json:
         click.echo(json.dumps(rows, indent=2, sort_keys=True))
         return
-    shown = tables.table("layer", "pack", "entries", "kernels", "label", "file", folds=("label", "file"))
+    columns = ("layer", "pack", "entries", "kernels", "label", *(("today",) if today else ()), "file")
+    shown = tables.table(*columns, folds=("label", "today", "file"))
     for row in rows:
-        shown.add_row(*(str(row[name]) for name in ("layer", "pack", "entries", "kernels", "label", "file")))
+        shown.add_row(*(str(row[name]) for name in columns))
     output().print(shown)
     have = {row["layer"] for row in rows}
     for layer, folder in paths.named_layers(*packs):
@@ -135,7 +142,7 @@ def list_packs(packs: tuple[Path, ...], as_json: bool) -> None:
     say("next: specattn-pack show PACK, or specattn-tune --help to make one")
 
 
-def _row(place: Place) -> dict[str, object]:
+def _row(place: Place, *, today: bool) -> dict[str, object]:
     row: dict[str, object] = {
         "layer": place.layer,
         "pack": f"{place.path.parent.name}/{place.path.stem}",
@@ -144,8 +151,9 @@ def _row(place: Place) -> dict[str, object]:
     try:
         found = pack.load(place.path)
     except (PackError, OSError) as error:
-        return row | {"entries": 0, "kernels": 0, "label": f"unreadable: {pack_file.one_line(error)}"}
+        return row | {"entries": 0, "kernels": 0, "today": "", "label": f"unreadable: {pack_file.one_line(error)}"}
     return row | {
+        "today": tables.counted(graded(found)) if today else "",
         "entries": len(found.entries),
         "kernels": len(found.coverage),
         "label": tables.counted(found.provenance["chosen_by"]),
@@ -162,9 +170,9 @@ def show(what: str, packs: tuple[Path, ...]) -> None:
     say(f"{place.path} ({place.layer})")
     for line in tables.manifest_lines(found, pack.stored_digest(place.path)):
         say(line)
-    graded = grades(found)
-    output().print(tables.entry_table(zip(found.entries, graded, strict=True)))
-    for each in dict.fromkeys(graded):
+    today = grades(found)
+    output().print(tables.entry_table(zip(found.entries, today, strict=True)))
+    for each in dict.fromkeys(today):
         say(f"{each}: {MEANING[each]}")
 
 
@@ -258,7 +266,11 @@ def _explain(known: Ladder, spec: KernelSpec, workload: Workload) -> Found:
     near = neighbours(known, spec, workload)
     if near:
         say(f"nearest entries; one serves within {FARTHEST:g} octaves if only its sizes or a sibling's size differ")
-        output().print(tables.neighbour_table(near))
+        today: list[Grade] = [grade(one.candidate.entry, known.arch) for one in near]
+        output().print(tables.neighbour_table(zip(near, today, strict=True)))
+        for each in dict.fromkeys(today):
+            if each != "exact":
+                say(f"{each}: {MEANING[each]}")
     else:
         say("no pack of these heads has this operation for this processor or a sibling")
     return found
@@ -307,15 +319,15 @@ def _examine(path: Path, fresh: bool) -> tuple[bool, str]:
     """Whether a file is to be refused, and one line about it."""
     try:
         found = pack.load(path)
-        counts = Counter(grades(found))
+        counts = graded(found)
     except (PackError, SpecError) as error:
         return True, str(error) if str(path) in str(error) else f"{path}: {error}"
     except OSError as error:
         return True, f"{path}: {error.strerror}"
-    summary = f"{path}: {len(found.entries)} entries, {tables.counted({str(name): n for name, n in counts.items()})}"
-    if counts["invalid"]:
+    summary = f"{path}: {len(found.entries)} entries, {tables.counted(counts)}"
+    if counts.get("invalid"):
         return True, f"{summary}; invalid entries are never used; `specattn-pack show {path}` lists them, tune again"
-    if fresh and counts["stale"]:
+    if fresh and counts.get("stale"):
         return True, f"{summary}; stale entries may be slow: tune again"
     return False, summary
 
@@ -380,10 +392,9 @@ def promote(what: str, to: str, measured: bool) -> None:
     Only entries graded exact or compatible go; what is stale is tuned again first.
     """
     found = pack.load(find(what).path)
-    graded = zip(found.entries, grades(found), strict=True)
     kept = tuple(
         entry
-        for entry, today in graded
+        for entry, today in zip(found.entries, grades(found), strict=True)
         if today in ("exact", "compatible") and (not measured or entry.chosen_by == "measured")
     )
     if not kept:

@@ -71,15 +71,16 @@ def _side(entry: Entry | None) -> str:
     return "" if entry is None else f"{microseconds(entry.latency_us)} {entry.chosen_by}, {short_plan(entry)}"
 
 
-def neighbour_table(neighbours: Iterable[Neighbour]) -> Table:
-    made = table("octaves", "kernel", "workload", "processor", "differs in", folds=("differs in",))
-    for near in neighbours:
+def neighbour_table(neighbours: Iterable[tuple[Neighbour, Grade]]) -> Table:
+    made = table("octaves", "kernel", "workload", "processor", "today", "differs in", folds=("differs in",))
+    for near, grade in neighbours:
         entry = near.candidate.entry
         made.add_row(
             f"{near.octaves:.1f}",
             entry.spec.name,
             entry.workload.name,
             near.candidate.silicon.name,
+            grade,
             "\n".join(near.differences) or "nothing",
         )
     return made

@@ -16,7 +16,7 @@ from specattn_codegen.errors import SpecError
 from specattn_codegen.export.tables import Row, Table
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.render import render_text
-from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT
+from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT, merges_last
 from specattn_codegen.spec import KernelSpec, KvDtype
 
 NAME = re.compile(r"[a-z][a-z0-9-]*[a-z0-9]")
@@ -69,7 +69,7 @@ def package_files(export: Export) -> dict[str, str]:
         "PROVENANCE.json": provenance(export),
     }
     for name, row in export.kernels.items():
-        files[f"kernels/{name}.py"] = f"{_header(common)}# Plan: {row.found.plan}\n{row.source.text}"
+        files[f"kernels/{name}.py"] = f"{_header(common)}# Plan: {row.source.plan}\n{row.source.text}"
     return files
 
 
@@ -110,18 +110,26 @@ def _header(common: Mapping[str, object]) -> str:
 def _interface(export: Export) -> dict[str, object]:
     """What the launch functions and their test need to know of the kernels there are."""
     specs = [table.spec for table in export.tables]
-    scores = [spec.score for spec in specs if spec.score]
+    scores = [spec.score for spec in specs if spec.score and not _mixes(spec)]
     sparse = {spec.selection: spec.name for spec in specs if spec.op == "sparse_attention"}
     selects = bool(sparse) and any(spec.op == "select_kv" for spec in specs)
     plain = next((spec.name for spec in specs if spec.op == "verify_attention" and not spec.score), None)
     if plain is None:
         raise SpecError("nothing to export without verify_attention; leave --op out")
-    exported = ["VerifyOutput", "choose", "verify_attention"]
+    # With one KV head both kinds of selection have one row; the kernel of kv_head, named first, serves it.
+    mixed = {
+        (spec.score.name if spec.score else None, spec.selection_heads): spec.name
+        for spec in reversed(specs)
+        if _mixes(spec)
+    }
+    exported = ["VerifyOutput", "choose", "verify_attention", *(["mixed_attention"] * bool(mixed))]
     exact = [score.name for score in scores if score.normaliser == "exact" and score.value == "weight"]
     return {
         "title": TITLE,
         "exported": sorted(exported + (["Selection", "SparseOutput", "select_kv", "sparse_attention"] * selects)),
         "selects": selects,
+        "mixes": bool(mixed),
+        "mixed": mixed,
         "score_names": [score.name for score in scores],
         "has_reference": any(score.normaliser == "reference" for score in scores),
         "smoke_score": exact[0] if exact else None,
@@ -129,11 +137,16 @@ def _interface(export: Export) -> dict[str, object]:
         "plain_verify": plain,
         "sparse_layer": sparse.get("layer", sparse.get("kv_head")),
         "sparse_kv_head": sparse.get("kv_head", sparse.get("layer")),
+        "counting": any(merges_last(row.source.plan) for row in export.rows),
         "aligned": [
-            name for name, row in export.kernels.items() if row.found.plan.as_dict().get("kv_load") == "descriptor"
+            name for name, row in export.kernels.items() if row.source.plan.as_dict().get("kv_load") == "descriptor"
         ],
         "descriptor_alignment": DESCRIPTOR_ALIGNMENT,
     }
+
+
+def _mixes(spec: KernelSpec) -> bool:
+    return spec.op == "mixed_attention"
 
 
 def _decisions(export: Export) -> list[dict[str, object]]:
@@ -169,11 +182,11 @@ def _plain_row(spec: KernelSpec, row: Row) -> dict[str, object]:
         "workload": to_plain(row.workload),
         "kernel": row.kernel,
         "source_digest": row.source.digest,
-        "plan": row.found.plan.as_dict(),
+        "plan": row.source.plan.as_dict(),
         "rung": row.found.rung,
         "chosen_by": entry.chosen_by if entry else None,
         "proved_by": entry.proved_by if entry else None,
-        "latency_us": entry.latency_us if entry and row.found.rung == "exact" else None,  # of these sizes alone
+        "latency_us": entry.latency_us if entry and row.is_as_tuned else None,  # of these sizes alone
         "environment": to_plain(entry.environment) if entry else None,
     }
 

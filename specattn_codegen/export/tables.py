@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from specattn_codegen import buckets, space
 from specattn_codegen.errors import SpecError
-from specattn_codegen.ladder import Found, Ladder
+from specattn_codegen.ladder import Found, Ladder, tuned_as
 from specattn_codegen.pack import structure
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, Workload
@@ -36,7 +36,15 @@ class Row:
         candidate = self.found.candidate
         if candidate is None:
             return self.found.rung
-        return f"{self.found.rung}: {candidate.entry.chosen_by}, proved by {candidate.entry.proved_by}"
+        entry = candidate.entry
+        whose = "" if entry.spec.op == self.source.spec.op else f" as {entry.spec.op}"
+        return f"{self.found.rung}: {entry.chosen_by}, proved by {entry.proved_by}{whose}"
+
+    @property
+    def is_as_tuned(self) -> bool:
+        """Whether it is an entry's own kernel at the entry's own sizes, which its time is of."""
+        candidate = self.found.candidate
+        return self.found.rung == "exact" and candidate is not None and candidate.entry.spec.op == self.source.spec.op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +61,20 @@ class Table:
 
 def table(spec: KernelSpec, ladder: Ladder) -> Table:
     """The sizes of the packs' entries for this very processor, or the default ones where they have none."""
+    kernel = structure(tuned_as(spec))
     tuned = [
         one.entry.workload
         for one in ladder.candidates
-        if not one.apart and one.why_unusable is None and structure(one.entry.spec) == structure(spec)
+        if not one.apart and one.why_unusable is None and structure(one.entry.spec) == kernel
     ]
     rows: dict[tuple[int, ...], Row] = {}
-    for workload in tuned or default_workloads(spec, ladder.arch):
+    for workload in tuned or default_workloads(tuned_as(spec), ladder.arch):
         place = buckets.buckets(spec.op, workload)
         if place not in rows:
             found = ladder.find(spec, workload)
-            rows[place] = Row(workload=workload, found=found, source=render(spec, found.plan, TARGET))
+            mixes = spec.op == "mixed_attention"
+            plan = space.for_mixed(found.plan, spec, ladder.arch) if mixes else found.plan
+            rows[place] = Row(workload=workload, found=found, source=render(spec, plan, TARGET))
     return Table(spec=spec, rows=tuple(rows.values()))
 
 
