@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from specattn_bench import cli, reference, reference_report
+from specattn_bench.known_text import Passages
 from specattn_bench.reference_methods import METHODS, RowLses, Seen, exact
-from specattn_bench.reference_study import Passages, Study
+from specattn_bench.reference_study import Study
 from specattn_codegen.reference import reduce_scores, scored_rows
 from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.reference_kernels import ReferenceKernels

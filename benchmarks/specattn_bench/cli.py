@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from specattn_bench import (
+    acceptance,
     dispatch,
     endurance,
     mixed,
@@ -26,6 +27,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     mixed.command,
     reference.command,
     throughput.command,
+    acceptance.command,
     sweep.command,
     endurance.command,
     search.command,

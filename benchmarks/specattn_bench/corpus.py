@@ -37,8 +37,8 @@ class Corpus:
 
     @cached_property
     def functions(self) -> tuple[bytes, ...]:
-        """The sources of all functions and methods that parse, shortest first."""
-        found = {function for text in self.texts for function in functions_of(text)}
+        """The sources of all functions and methods, or paragraphs where a text is no Python, shortest first."""
+        found = {function for text in self.texts for function in functions_of(text) or text.split(b"\n\n")}
         return tuple(sorted(found, key=lambda source: (len(source), source)))
 
     def passage(self, rng: random.Random, length: int) -> bytes:

@@ -12,8 +12,9 @@ import click
 import torch
 
 from specattn_bench import options, reference_report, report
+from specattn_bench.known_text import Passages
 from specattn_bench.reference_methods import METHODS
-from specattn_bench.reference_study import Passages, Recorded, Study
+from specattn_bench.reference_study import Recorded, Study
 from specattn_codegen import cpu_info
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError

@@ -1,15 +1,12 @@
-"""Runs the decode loop along known text, whatever its keys, and records what each way to score keys selects.
-
-The text decides every token, so all ways verify the same rows and only the drafts' attention differs.
-"""
+"""Runs the decode loop along known text, whatever its keys, and records what each way to score keys selects."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from specattn_bench.known_text import KnownText, Passages
 from specattn_bench.reference_methods import Method, RowLses, Seen, exact
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import Policy, TopK
@@ -17,16 +14,9 @@ from specattn_codegen.reference import gather_keys
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Attention, Llama
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.phases import Draft, Prefill, Verify
+from specattn_runtime.llama import Llama
 from specattn_runtime.presets import PRESETS
-from specattn_runtime.round import Decoder
-from specattn_runtime.rows import Rows
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Turn
 
-PAGE_SIZE = 16
 # What scores of bfloat16 kernels may be off by: their weights' rounding, and where those underflow.
 RELATIVE, FLOOR = 2.0**-8, 2.0**-25
 
@@ -51,46 +41,6 @@ class Recorded:
     error: torch.Tensor | None
     accepted: torch.Tensor
     matched: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextLlama(Llama):
-    """Says what texts [B, T] say next, sure of it, and keeps how well its own drafts and verifications agree."""
-
-    texts: torch.Tensor
-    rows: list[tuple[Attention, torch.Tensor]] = field(default_factory=list)
-    drafts: list[torch.Tensor] = field(default_factory=list)
-    accepted: list[torch.Tensor] = field(default_factory=list)
-    matched: list[torch.Tensor] = field(default_factory=list)
-
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
-        self.rows[:] = [(attention, positions)]
-        return super().forward(tokens, positions, attention)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        found = super().logits(hidden)
-        ((attention, positions),) = self.rows
-        if isinstance(attention, Draft):
-            self.drafts.append(found.softmax(dim=1))
-        elif self.drafts:
-            self._compare(found)
-        rows = _rows_of(attention)
-        return torch.nn.functional.one_hot(self.texts[rows.requests, positions + 1], found.shape[1]).to(found)
-
-    def _compare(self, found: torch.Tensor) -> None:
-        """found [B * rows, vocab], every request having as many rows; those but the last were drafted after."""
-        drafted = torch.stack(self.drafts, dim=1)  # [B, drafts, vocab]
-        verified = found.softmax(dim=1).view(len(drafted), -1, found.shape[1])[:, :-1]
-        self.accepted.append(torch.minimum(drafted, verified).sum(dim=2).cumprod(dim=1).sum(dim=1))
-        agrees = drafted.argmax(dim=2) == verified.argmax(dim=2)
-        self.matched.append(agrees.double().cumprod(dim=1).sum(dim=1))
-        self.drafts.clear()
-
-
-def _rows_of(attention: Attention) -> Rows:
-    if not isinstance(attention, (Draft, Prefill, Verify)):
-        raise TypeError(f"{attention}: not a phase of decoding")
-    return attention.rows
 
 
 class StudyKernels:
@@ -235,52 +185,27 @@ def chosen_keys(selection: Selection, keys: int) -> torch.Tensor:
     return marked.scatter_(2, torch.where(indices < 0, keys, indices), value=True)[..., :keys]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passages:
-    """texts [B, T] int64, padded; contexts[b] tokens of each are the prompt, the next ones are decoded."""
-
-    texts: torch.Tensor
-    contexts: tuple[int, ...]
-
-
 class Study:
     """A model at the end of every passage's prompt. Each run starts there and goes on for as many rounds."""
 
     def __init__(
         self, model: Llama, kernels: AttentionKernels, passages: Passages, *, draft_len: int, rounds: int
     ) -> None:
-        self._kernels, self._passages, self._draft_len, self._rounds = kernels, passages, draft_len, rounds
-        self._layers = model.config.num_layers
-        self._weights = {part.name: getattr(model, part.name) for part in dataclasses.fields(Llama)}
-        self._cache = PagedCache(
-            model.config.heads,
-            layers=model.config.num_layers,
-            num_pages=len(passages.contexts) * -(-passages.texts.shape[1] // PAGE_SIZE),
-            page_size=PAGE_SIZE,
-            batch=len(passages.contexts),
-            dtype=model.dtype,
-        )
-        prompts = [row[:length] for row, length in zip(passages.texts.tolist(), passages.contexts, strict=True)]
-        decoder = self._decoder(self._text_llama(), kernels, "dense")
-        for request, prompt in enumerate(prompts):
-            decoder.prefill(request, prompt[: -draft_len - 1])
+        self._kernels, self._draft_len, self._rounds = kernels, draft_len, rounds
+        self._heads, self._layers, self._batch = model.config.heads, model.config.num_layers, len(passages.contexts)
+        self._text = KnownText(model, kernels, passages, draft_lens=(draft_len,))
 
-    @torch.inference_mode()
     def run(self, method: Method, budget: float) -> Recorded:
         """budget: selected keys as a share of the prefix."""
-        model = self._text_llama()
-        kernels = StudyKernels(self._kernels, model.config.heads, model.config.num_layers, method)
-        decoder = self._decoder(model, kernels, method.preset)
-        rows, policy = self._draft_len + 1, TopK(ratio=budget)
-        decoder.rewind([context - rows for context in self._passages.contexts])
-        texts = self._passages.texts.tolist()
-        ends = [tuple(text[n - rows : n]) for text, n in zip(texts, self._passages.contexts, strict=True)]
-        _, view = decoder.round([Turn(tokens=end, joins=True, policy=policy) for end in ends], None)
-        kernels.forget()
-        for _ in range(self._rounds):
-            newest = [text[length] for text, length in zip(texts, self._cache.lengths, strict=True)]
-            turns = [Turn(tokens=(token,), draft_len=self._draft_len, policy=policy) for token in newest]
-            _, view = decoder.round(turns, view)
+        kernels = StudyKernels(self._kernels, self._heads, self._layers, method)
+        model = self._text.run(
+            kernels,
+            PRESETS[method.preset],
+            [TopK(ratio=budget)] * self._batch,
+            draft_len=self._draft_len,
+            rounds=self._rounds,
+            after_prompt=kernels.forget,
+        )
         return Recorded(
             overlap=torch.stack(kernels.overlap),
             mass=torch.stack(kernels.mass),
@@ -289,16 +214,4 @@ class Study:
             error=torch.stack(kernels.error) if kernels.error else None,
             accepted=torch.stack(model.accepted),
             matched=torch.stack(model.matched),
-        )
-
-    def _text_llama(self) -> TextLlama:
-        return TextLlama(**self._weights, texts=self._passages.texts)
-
-    def _decoder(self, model: Llama, kernels: AttentionKernels, preset: str) -> Decoder:
-        return Decoder(
-            model=model,
-            kernels=(kernels,) * self._layers,
-            cache=self._cache,
-            preset=dataclasses.replace(PRESETS[preset], min_budget=0),
-            stopwatch=Stopwatch(),
         )

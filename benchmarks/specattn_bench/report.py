@@ -40,9 +40,14 @@ def slug(processor: str) -> str:
 
 def saved_path(arch: Arch, question: str) -> Path:
     """benchmarks/results/<device>/<question>.json of a checkout. Raises SpecError where there is no checkout."""
+    return kept_path(slug(processor(arch)), question)
+
+
+def kept_path(folder: str, name: str) -> Path:
+    """benchmarks/results/<folder>/<name>.json of a checkout. Raises SpecError where there is no checkout."""
     if BENCHMARKS.name != "benchmarks" or not (BENCHMARKS.parent / "pyproject.toml").is_file():
         raise SpecError("--save: results are kept in a checkout's benchmarks/results; use --json PATH here")
-    return BENCHMARKS / "results" / slug(processor(arch)) / f"{question}.json"
+    return BENCHMARKS / "results" / folder / f"{name}.json"
 
 
 def load_average() -> float:

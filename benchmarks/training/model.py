@@ -78,7 +78,7 @@ def logits(config: LlamaConfig, weights: Weights, inputs: torch.Tensor, position
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    llama = build_llama(config, weights)
+    llama = build_llama(config, weights, packed=False)
     with torch.autocast("cpu", torch.bfloat16):
         found = llama.logits(llama.forward(inputs.flatten(), positions.flatten(), attention))
     return found.float().view(*inputs.shape, -1)

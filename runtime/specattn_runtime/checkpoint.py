@@ -53,14 +53,17 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
     return weight | {f"{name}.bias": (rows,)} if bias else weight
 
 
-def build_llama(config: LlamaConfig, tensors: Tensors) -> Llama:
-    """A Llama from tensors named and shaped as `expected_shapes` says."""
+def build_llama(config: LlamaConfig, tensors: Tensors, *, packed: bool = True) -> Llama:
+    """A Llama from tensors named and shaped as `expected_shapes` says. packed: where torch can; weights that are to be
+    trained must not be."""
 
     def product(layer: int, *names: str) -> Linear | PackedLinear:
         """Several projections of the same input, stacked into one."""
         parts = [f"model.layers.{layer}.{name}" for name in names]
         biases = [tensors[f"{part}.bias"] for part in parts if f"{part}.bias" in tensors]
-        return linear(torch.cat([tensors[f"{part}.weight"] for part in parts]), torch.cat(biases) if biases else None)
+        weight = torch.cat([tensors[f"{part}.weight"] for part in parts])
+        bias = torch.cat(biases) if biases else None
+        return linear(weight, bias) if packed else Linear(weight=weight, bias=bias)
 
     layers = tuple(
         Layer(

@@ -41,6 +41,15 @@ def force_recents(
     return scores
 
 
+def look_ahead(scores: torch.Tensor, prefix_lens: torch.Tensor, ahead: int) -> torch.Tensor:
+    """scores [layers * B, S, N] -> each key's best score among itself and the `ahead` keys before it: a text that is
+    repeated goes on behind what was looked at. Columns past a prefix [B] may hold anything."""
+    keys = torch.arange(scores.shape[-1], device=scores.device)
+    held = keys < prefix_lens.repeat(len(scores) // len(prefix_lens))[:, None, None]
+    behind = torch.nn.functional.pad(scores.masked_fill(~held, -math.inf), (ahead, 0), value=-math.inf)
+    return torch.nn.functional.max_pool1d(behind, ahead + 1, stride=1)
+
+
 def select_by_policy(
     kernels: AttentionKernels,
     scores: torch.Tensor,

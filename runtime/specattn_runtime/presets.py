@@ -23,6 +23,7 @@ class Preset:
     sink          first keys, always selected, inside the budget
     recent        last keys of the prefix, always selected, inside the budget
     recent_share  share of the budget that goes to the last keys of the prefix, whatever their rank
+    ahead         keys behind a scored one that count as much as it: a text that is repeated goes on there
     drafts        False decodes one token a pass
     """
 
@@ -34,6 +35,7 @@ class Preset:
     sink: int = 0
     recent: int = 0
     recent_share: float = 0.0
+    ahead: int = 0
     drafts: bool = True
 
     def __post_init__(self) -> None:

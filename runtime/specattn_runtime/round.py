@@ -269,6 +269,8 @@ class Decoder:
             scores = key_choice.at_random(layers, rows.prefix_lens, rows.max_kv)
         else:
             scores = torch.cat(list(verified.scores))
+        if self.preset.ahead:
+            scores = key_choice.look_ahead(scores, rows.prefix_lens, self.preset.ahead)
         if self.preset.recent_share:
             scores = key_choice.force_recents(scores, rows.prefixes, policies, self.preset.recent_share)
         chosen = self._chosen(scores, rows.prefix_lens, policies)
