@@ -22,9 +22,10 @@ from specattn_codegen.environment import Silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import render_for
 from specattn_codegen.outbox import require_saved
-from specattn_codegen.pack import Entry
+from specattn_codegen.pack import Entry, Pack
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.shortlist import Shortlisted, shortlist
+from specattn_codegen.silicon import same
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.tune_measured import tune_measured
 from specattn_codegen.tune_session import Budget, Listener, Logbook, Target, Task, winners_of
@@ -107,7 +108,7 @@ def processor_here(bundle: Bundle) -> Arch:
     """The processor the bundle is for. Raises SpecError where it is not in this machine."""
     arch = cpu_info.detect() if bundle.silicon.vendor == "cpu" else gpu_detect.local()
     here = environment.silicon(arch)
-    if here != bundle.silicon:
+    if not same(here, bundle.silicon):
         raise SpecError(
             f"the bundle is for {bundle.silicon.name} ({bundle.silicon.target}, {bundle.silicon.num_sms} cores or "
             f"multiprocessors); this machine has {here.name} ({here.target}, {here.num_sms})"
@@ -160,7 +161,7 @@ def merge(folder: Path, out: Path) -> tuple[int, list[Path]]:
     where they replace what was modelled. How many trials were new, and the packs. Raises SpecError and PackError."""
     bundle = read(folder)
     arch = cpu_info.detect() if bundle.silicon.vendor == "cpu" else gpus.find(bundle.silicon.name)
-    if environment.silicon(arch) != bundle.silicon:
+    if not same(environment.silicon(arch), bundle.silicon):
         raise SpecError(f"{folder}: {bundle.silicon.name} of this version is another processor than the bundle's")
     trials = record.read(folder / RECORDS)
     if not trials:
@@ -176,5 +177,15 @@ def merge(folder: Path, out: Path) -> tuple[int, list[Path]]:
     packs: list[Path] = []
     for found in sorted((folder / PACKS).glob("*/*.json")):
         measured = pack.load(found)
+        _require_asked_for(measured, bundle, found)
         packs.append(pack.publish(out, arch, measured.heads, measured.entries))
     return new, packs
+
+
+def _require_asked_for(measured: Pack, bundle: Bundle, path: Path) -> None:
+    """A pack may come from anywhere, so nothing is taken from one but what the bundle asked for."""
+    plans = {(one.spec, one.workload): one.plans for one in bundle.wanted}
+    for entry in measured.entries:
+        wanted = entry.plan in plans.get((entry.spec, entry.workload), ())
+        if not (wanted and entry.chosen_by == "measured" and same(measured.arch, bundle.silicon)):
+            raise SpecError(f"{path}: {entry.summary()}, on {measured.arch.name}, is not what the bundle asked for")

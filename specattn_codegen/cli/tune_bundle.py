@@ -42,9 +42,17 @@ def measure(folder: Path, timeout: float | None) -> None:
     trials = max(len(one.plans) for one in found.wanted)
     budget = find_budget(trials, timeout, found.seed, is_present=True)
     progress = TuningProgress(screen, len(found.wanted))
-    with progress:
-        winners = bundle.measure(folder, progress, budget, processes)
-    screen.print(closing_table(winners))
+    try:
+        with progress:
+            bundle.measure(folder, progress, budget, processes)
+    finally:  # an interrupted measurement shows what it has saved
+        if progress.winners:
+            screen.print(closing_table(progress.winners))
+        if progress.trials and progress.unfinished:
+            click.echo(
+                f"stopped early: {progress.unfinished} of {len(found.wanted)} were not finished; the same "
+                "command goes on from there"
+            )
     click.echo(f"next, back home: specattn-tune merge {folder}")
 
 
