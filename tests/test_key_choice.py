@@ -11,7 +11,7 @@ from specattn_codegen import HeadConfig, TopK
 from specattn_codegen.reference import select_kv
 from specattn_codegen.results import Selection, SparseOutput
 from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.key_choice import at_random, force_recents, newest_first, select_by_policy
+from specattn_runtime.key_choice import at_random, force_recents, look_ahead, newest_first, select_by_policy
 from specattn_runtime.llama import Llama
 from specattn_runtime.presets import PRESETS
 from specattn_runtime.reference_kernels import ReferenceKernels
@@ -68,6 +68,19 @@ def test_a_share_of_each_budget_is_the_newest_keys_and_the_rest_the_best_of_the_
     others = scores[0, 0, : 30 - recents].sort(descending=True).indices[: 10 - recents].tolist()
     assert sorted(chosen) == sorted(others + newest)
     assert found.counts[1].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_keys_behind_a_good_one_count_as_much_and_what_is_past_a_prefix_does_not(ahead: int) -> None:
+    scores = random_scores(4)
+    for request, prefix in enumerate(PREFIXES):
+        scores[request, :, prefix:] = float("nan")
+    found = look_ahead(scores.clone(), LENGTHS, ahead)
+    assert found.shape == scores.shape
+    for request, prefix in enumerate(PREFIXES):
+        for key in range(prefix):
+            best = scores[request, :, max(0, key - ahead) : key + 1].amax(dim=1)
+            assert torch.equal(found[request, :, key], best)
 
 
 def test_newest_first_selects_the_end_of_the_prefix() -> None:

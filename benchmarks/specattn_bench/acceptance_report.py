@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ LEGEND = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """tokens: a round, the mean over passages; error: of its difference from streaming; beside: over streaming's.
-    agreeing: forced, tokens that greedy decoding would keep."""
+    agreeing: forced, tokens that greedy decoding would keep. by_kind: tokens by the passages' kind."""
 
     mode: str
     text_set: str
@@ -45,6 +45,7 @@ class Summary:
     beside: float | None
     agreeing: float | None
     passages: int
+    by_kind: Mapping[str, float]
 
     def facts(self) -> dict[str, object]:
         return {
@@ -59,7 +60,12 @@ class Summary:
             "of_streaming": tables.rounded(self.beside),
             "agreeing_a_round": tables.rounded(self.agreeing),
             "passages": self.passages,
+            **({"by_kind": {kind: round(tokens, 4) for kind, tokens in self.by_kind.items()}} if self.varied else {}),
         }
+
+    @property
+    def varied(self) -> bool:
+        return len(self.by_kind) > 1
 
 
 def summarise(observed: Sequence[Observed], passages: Sequence[Passage]) -> list[Summary]:
@@ -85,9 +91,17 @@ def summarise(observed: Sequence[Observed], passages: Sequence[Passage]) -> list
                 beside=tokens / statistics.fmean(one.tokens for one in theirs.values()) if theirs else None,
                 agreeing=statistics.fmean(agreeing) if agreeing else None,
                 passages=len(mine),
+                by_kind=means_by_kind(mine.values(), passages),
             )
         )
     return found
+
+
+def means_by_kind(observed: Iterable[Observed], passages: Sequence[Passage]) -> dict[str, float]:
+    tokens: dict[str, list[float]] = {}
+    for one in observed:
+        tokens.setdefault(passages[one.passage].kind, []).append(one.tokens)
+    return {kind: statistics.fmean(found) for kind, found in tokens.items()}
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -154,6 +168,7 @@ def show(
         for text_set in SETS:
             mine = [one for one in usual if (one.mode, one.text_set) == (mode, text_set)]
             _print(screen, f"{mode}, {text_set}: {budget:.0%}, {draft_len} drafts", mine, lambda one: one.context)
+    _print_kinds(screen, [one for one in usual if one.mode == FORCED and one.varied])
     for text_set in SETS:
         mine = [one for one in summaries if (one.mode, one.text_set) == (FORCED, text_set)]
         longest = max((one.context for one in mine), default=0)
@@ -177,6 +192,18 @@ def _print(screen: Console, title: str, cells: Sequence[Summary], column: Key) -
     for series in dict.fromkeys(one.case.series for one in cells):
         mine = {column(one): one for one in cells if one.case.series == series}
         table.add_row(series, *(part for name in columns for part in _cells(mine.get(name))))
+    screen.print(table)
+
+
+def _print_kinds(screen: Console, cells: Sequence[Summary]) -> None:
+    kinds = list(dict.fromkeys(kind for one in cells for kind in one.by_kind))
+    contexts = list(dict.fromkeys(one.context for one in cells))
+    if not kinds:
+        return
+    table = tables.table(f"{FORCED}, by kind", ("series", *(f"{kind} {one}" for kind in kinds for one in contexts)))
+    for series in dict.fromkeys(one.case.series for one in cells):
+        mine = {one.context: one.by_kind for one in cells if one.case.series == series}
+        table.add_row(series, *(f"{mine[one][kind]:.2f}" for kind in kinds for one in contexts))
     screen.print(table)
 
 

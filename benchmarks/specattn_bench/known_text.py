@@ -127,7 +127,7 @@ class KnownText:
         which alone run. after_prompt is called once the prompts' ends are verified, which no draft precedes."""
         model, rows = self._text_llama(), draft_len + 1
         decoder = self._decoder(model, kernels, dataclasses.replace(preset, min_budget=0))
-        decoder.rewind([context - rows for context in self._contexts])
+        decoder.rewind([context - rows for context in self._contexts[: len(policies)]])
         texts, absent = self._texts.tolist(), [None] * (len(self._contexts) - len(policies))
         ends = [
             Turn(tokens=tuple(text[context - rows : context]), joins=True, policy=policy)

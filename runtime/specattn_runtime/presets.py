@@ -42,7 +42,7 @@ class Preset:
         require_choice("ranking", self.ranking, get_args(Ranking))
         if (self.ranking == "scores") != (self.score is not None):
             raise SpecError(f"ranking={self.ranking!r}, score={self.score}: scores, and nothing else, need a ScoreSpec")
-        for name in ("min_budget", "sink", "recent"):
+        for name in ("min_budget", "sink", "recent", "ahead"):
             if getattr(self, name) < 0:
                 raise SpecError(f"{name}={getattr(self, name)}: must be at least 0 keys")
         if not 0.0 <= self.recent_share <= 1.0:
@@ -97,6 +97,14 @@ PRESETS = {
             score=PILLAR,
             min_budget=192,
             recent_share=0.5,
+        ),
+        Preset(
+            name="lookahead",
+            summary="a quarter of the budget newest keys, the rest by pillar's scores with the 7 keys behind each",
+            score=PILLAR,
+            min_budget=192,
+            recent_share=0.25,
+            ahead=7,
         ),
         Preset(
             name="streaming",
