@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specattn_codegen.errors import CheckpointError, SpecAttnError
-from specattn_runtime.checkpoint import load_llama
+from specattn_codegen.errors import CheckpointError, SpecAttnError, SpecError
+from specattn_runtime.checkpoint import build_llama, load_llama
 from specattn_runtime.llama_config import parse_config
 from specattn_runtime.tokens import ByteCodec, codec_of
-from tiny_models import CONFIG, STRETCHED, TRAINED, same_tensors, save_checkpoint, wavy_llama
+from tiny_models import CONFIG, STRETCHED, TRAINED, same_tensors, save_checkpoint, wavy_llama, wavy_tensors
 
 
 @pytest.mark.parametrize("fields", [CONFIG, STRETCHED])
@@ -163,6 +163,13 @@ def test_broken_checkpoints_are_refused(damage: Callable[[Path], object], messag
     with pytest.raises(CheckpointError, match=message) as refusal:
         load_llama(tmp_path, dtype=torch.float32)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_of_different_dtypes_make_no_model() -> None:
+    tensors = wavy_tensors(parse_config(CONFIG))
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].bfloat16()
+    with pytest.raises(SpecError, match=r"up_proj.weight is torch.bfloat16 on cpu: a model has one dtype and one"):
+        build_llama(parse_config(CONFIG), tensors)
 
 
 def test_a_missing_folder() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from specattn_runtime.cli.generate import command, main
-from specattn_runtime.cli.report import identical_line, live_table
+from specattn_runtime.cli.report import live_table
 from specattn_runtime.cli.text_stream import TextStream
 from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.generation import Difference, Generation, RequestResult
+from specattn_runtime.generation import Generation, RequestResult
 from specattn_runtime.presets import PRESETS
 from specattn_runtime.reference_kernels import ReferenceKernels
 from specattn_runtime.session import open_session
@@ -220,15 +220,22 @@ def generation_of(tokens: str, margin: float) -> Generation:
 
 
 @pytest.mark.parametrize(
-    ("dense", "margin", "code", "line"),
+    ("dense", "margin", "dtype", "code", "line"),
     [
-        ("same", 0.5, 0, "identical: yes"),
-        ("sane", 0.5, 1, "identical: no (token 3, top-2 margin 0.5)"),
-        ("sane", 0.0004, 1, "identical: no (token 3, top-2 margin 0.0004: a tie of rounding)"),
+        ("same", 0.5, "float32", 0, "identical: yes"),
+        ("sane", 0.5, "float32", 1, "identical: no (token 3, top-2 margin 0.5)"),
+        ("sane", 0.0004, "float32", 1, "identical: no (token 3, top-2 margin 0.0004: a tie of rounding)"),
+        ("sane", 0.0004, "bfloat16", 1, "identical: no (token 3, top-2 margin 0.0004)"),
     ],
 )
 def test_a_difference_from_dense_decoding_is_told_and_exits_with_1(
-    dense: str, margin: float, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dense: str,
+    margin: float,
+    dtype: str,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fake_generate(*arguments: object, **_: object) -> Generation:
         spec = arguments[-1]
@@ -237,14 +244,19 @@ def test_a_difference_from_dense_decoding_is_told_and_exits_with_1(
 
     monkeypatch.setattr("specattn_runtime.cli.generate.generate", fake_generate)
     arguments = ("--model", str(TRAINED), "--prompt", PROMPT, "--kernels", "reference", "--compare-dense")
-    ended, out, _ = finish(monkeypatch, capsys, *arguments, "--max-new-tokens", "4", "--draft-len", "1")
+    ended, out, _ = finish(
+        monkeypatch, capsys, *arguments, "--max-new-tokens", "4", "--draft-len", "1", "--dtype", dtype
+    )
     assert ended == code
     assert out.rstrip().splitlines()[-1] == line
 
 
-def test_only_float32_calls_a_close_difference_a_tie_of_rounding() -> None:
-    difference = Difference(token=7, margin=1e-5)
-    assert identical_line(difference, float32=False) == "identical: no (token 7, top-2 margin 1e-05)"
+def test_bfloat16_from_end_to_end() -> None:
+    output = invoke("--prompt", PROMPT * 4, "--dtype", "bfloat16", "--max-new-tokens", "40", "--min-budget", "16")
+    float32 = invoke("--prompt", PROMPT * 4, "--max-new-tokens", "40", "--min-budget", "16")
+    assert "prompt tokens, bfloat16" in output
+    assert int(cells(output, "full-cache passes")[0]) < 25
+    assert output[:12] == float32[:12]  # where margins are above what bfloat16 moves a logit by
 
 
 def test_ctrl_c_is_one_word_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,10 @@ def test_what_cannot_be_served_says_so() -> None:
     other = AutoModelForCausalLM.from_config(Phi3Config(**WITHOUT_HEAD_DIM))
     with pytest.raises(SpecError, match="served are gemma2"):
         greedy(other, input_ids, custom_generate=method)
+    mixed = random_model("llama")
+    mixed.model.layers[1].self_attn.k_proj.bfloat16()
+    with pytest.raises(SpecError, match=r"layer 1: k_proj.weight is torch.bfloat16 in a model of torch.float32"):
+        greedy(mixed, input_ids, custom_generate=method)
     with pytest.raises(SpecError, match=r"budget=1\.5"):
         greedy(random_model("llama"), input_ids, custom_generate=speculative(budget=1.5))
     with pytest.raises(SpecError, match=r"nsa-verify.*planned"):

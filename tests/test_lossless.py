@@ -17,7 +17,7 @@ from specattn_runtime.checkpoint import load_llama
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.dispatch import Kernels
 from specattn_runtime.engine import generate
-from specattn_runtime.generation import Difference, Generation, first_difference
+from specattn_runtime.generation import Difference, Generation, RequestResult, first_difference
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Llama
 from specattn_runtime.presets import PRESETS
@@ -180,3 +180,33 @@ def test_greedy_texts_in_float32_are_the_dense_ones(
         found = continued(trained, served, spec)
         for request, wanted in zip(found.requests, dense.requests, strict=True):
             assert first_difference(request, wanted) is None
+
+
+def shared(one: RequestResult, other: RequestResult) -> int:
+    """Tokens that two texts begin with alike."""
+    difference = first_difference(one, other)
+    return len(one.tokens) if difference is None else difference.token - 1
+
+
+@pytest.mark.parametrize("preset", ["vegas", "quest"])
+def test_greedy_texts_in_bfloat16_part_from_the_dense_ones_only_where_rounding_decides(
+    dense: Generation, preset: str
+) -> None:
+    """What bfloat16 moves a margin by is what it moves those of dense decoding by: two runs, twice as much."""
+    rounded = load_llama(TRAINED, dtype=torch.bfloat16)
+    served = load_kernels(rounded.heads, dtype=torch.bfloat16)
+    spec = decode_spec(preset, draft_len=4, max_new_tokens=30, budget=0.3)
+    beside = continued(rounded, served, spec.without_drafts())
+    moved = max(
+        abs(one - other)
+        for run, exact in zip(beside.requests, dense.requests, strict=True)
+        for one, other in zip(run.margins[: shared(run, exact)], exact.margins, strict=False)
+    )
+    assert 2.0**-8 < moved < 1.0
+    found = continued(rounded, served, spec)
+    assert found.mean_accepted > 1.0
+    for request, wanted in zip(found.requests, beside.requests, strict=True):
+        difference = first_difference(request, wanted)
+        if difference is not None:
+            assert difference.margin == wanted.margins[difference.token - 1]
+            assert difference.margin <= 2 * moved

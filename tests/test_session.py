@@ -249,10 +249,12 @@ def test_sets_of_kernels_are_one_or_one_a_layer(wavy: Llama) -> None:
     [
         ({"dtype": torch.bfloat16}, "dtype=float32: the kernels were loaded for dtype=bfloat16"),
         ({"page_size": 16}, "page_size=4: the kernels were loaded for page_size=16"),
+        ({"num_kv_heads": 6}, "num_kv_heads=2: the kernels were loaded for num_kv_heads=6"),
     ],
 )
-def test_kernels_must_be_those_of_the_model_and_its_cache(changes: dict[str, object], message: str) -> None:
+def test_kernels_must_be_those_of_the_model_and_its_cache(changes: dict[str, Any], message: str) -> None:
     model = wavy_llama(dtype=torch.float32)
-    loaded = load_kernels(model.heads, **{"dtype": torch.float32, "page_size": 4, **changes})
+    heads = dataclasses.replace(model.heads, num_kv_heads=changes.pop("num_kv_heads", model.heads.num_kv_heads))
+    loaded = load_kernels(heads, **{"dtype": torch.float32, "page_size": 4, **changes})
     with pytest.raises(SpecError, match=message):
         open_session(model, loaded, decode_spec(), max_requests=1, num_pages=9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from specattn_codegen.errors import CheckpointError
+from specattn_codegen.errors import CheckpointError, SpecError
 from specattn_runtime.linear import Linear, PackedLinear, linear
 from specattn_runtime.llama import Layer, Llama
 from specattn_runtime.llama_config import LlamaConfig, read_config
@@ -54,8 +54,9 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 
 
 def build_llama(config: LlamaConfig, tensors: Tensors, *, packed: bool = True) -> Llama:
-    """A Llama from tensors named and shaped as `expected_shapes` says. packed: where torch can; weights that are to be
-    trained must not be."""
+    """A Llama from tensors named and shaped as `expected_shapes` says, all of one dtype on one device. packed: where
+    torch can; weights that are to be trained must not be."""
+    _require_alike(tensors)
 
     def product(layer: int, *names: str) -> Linear | PackedLinear:
         """Several projections of the same input, stacked into one."""
@@ -87,6 +88,16 @@ def build_llama(config: LlamaConfig, tensors: Tensors, *, packed: bool = True) -
         cos=cos.to(embedding.device),
         signed_sin=signed_sin.to(embedding.device),
     )
+
+
+def _require_alike(tensors: Tensors) -> None:
+    first = tensors["model.embed_tokens.weight"]
+    for name, tensor in tensors.items():
+        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            raise SpecError(
+                f"{name} is {tensor.dtype} on {tensor.device}: a model has one dtype and one device, and "
+                f"model.embed_tokens.weight is {first.dtype} on {first.device}; convert it with .to()"
+            )
 
 
 def _read_tensors(folder: Path, expected: Shapes, dtype: torch.dtype, device: torch.device) -> Tensors:

@@ -301,11 +301,13 @@ def _require_loaded_for(kernels: Kernels, model: LanguageModel, spec: DecodeSpec
         "device": model.device.type,
         "page_size": spec.page_size,
     }
+    for name in ("num_q_heads", "num_kv_heads", "head_dim", "v_head_dim"):
+        loaded[name], wanted[name] = getattr(kernels.heads, name), getattr(model.heads, name)
     for name, value in wanted.items():
         if loaded[name] != value:
             raise SpecError(
-                f"{name}={value}: the kernels were loaded for {name}={loaded[name]}; load_kernels(..., {name}=...) for "
-                "what the model and the DecodeSpec have"
+                f"{name}={value}: the kernels were loaded for {name}={loaded[name]}; load_kernels for what the model "
+                "and the DecodeSpec have"
             )
 
 

@@ -54,6 +54,8 @@ def layer_kernels(model: PreTrainedModel, page_size: int) -> tuple[tuple[HeadCon
             f"model on {', '.join(sorted(map(str, devices)))}: must be on one device; load it without device_map"
         )
     modules = [layer.self_attn for layer in model.get_decoder().layers]  # pyright: ignore[reportGeneralTypeIssues]
+    for index, module in enumerate(modules):
+        _require_dtype(module, f"layer {index}", model.dtype)
     heads = _heads_by_layer(model, len(modules))
     kernels: list[AttentionKernels] = []
     for index, (module, each) in enumerate(zip(modules, heads, strict=True)):
@@ -64,6 +66,16 @@ def layer_kernels(model: PreTrainedModel, page_size: int) -> tuple[tuple[HeadCon
         loaded = _loaded(each, devices.copy().pop(), model.dtype, page_size)
         kernels.append(SinkKernels(loaded, module.sinks.float()) if each.sinks else loaded)
     return heads, kernels
+
+
+def _require_dtype(module: torch.nn.Module, place: str, dtype: torch.dtype) -> None:
+    """Raises SpecError where the projections of an attention differ in dtype; norms may have one of their own."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1 and parameter.dtype != dtype:
+            raise SpecError(
+                f"{place}: {name} is {parameter.dtype} in a model of {dtype}; queries, keys and the KV cache share a "
+                f"dtype: convert it with model.to({dtype})"
+            )
 
 
 def _heads_by_layer(model: PreTrainedModel, num_layers: int) -> tuple[HeadConfig, ...]:
