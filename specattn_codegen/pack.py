@@ -214,7 +214,12 @@ def structure(spec: KernelSpec) -> KernelSpec:
 def place(entry: Entry) -> tuple[KernelSpec, tuple[int, ...], str]:
     """What there is one entry for: a kernel and a size bucket. What is not understood replaces nothing."""
     alien = "" if entry.is_understood else entry.unknown
-    return structure(entry.spec), buckets.buckets(entry.spec.op, entry.workload), alien
+    return *slot(entry.spec, entry.workload), alien
+
+
+def slot(spec: KernelSpec, workload: Workload) -> tuple[KernelSpec, tuple[int, ...]]:
+    """What an entry serves: a kernel and a size bucket."""
+    return structure(spec), buckets.buckets(spec.op, workload)
 
 
 def in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -17,19 +17,23 @@ LEAST_DIFFERENCES = 2  # settings in which a plan differs from the ones before i
 
 def ranked(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> list[Plan]:
     """Every feasible plan, the best by its guessed resources first; in the order of the axes without a model."""
-    guessed = _guessed(spec, arch, backend)
     if not cost_model.covers(spec, backend):
-        return list(guessed)
+        return list(space.feasible(spec, arch, backend))
+    return list(guessed_us(spec, workload, arch, backend))
+
+
+@functools.lru_cache(maxsize=16)  # the sizes of one search, which asks again after every few trials
+def guessed_us(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> dict[Plan, float]:
+    """Predicted time of every feasible plan by the resources its binary may take, the best first."""
+    guessed = _guessed(spec, arch, backend)
     times = {plan: cost_model.latency_us(spec, workload, plan, arch, taken) for plan, taken in guessed.items()}
-    return sorted(times, key=times.__getitem__)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-@functools.lru_cache(maxsize=2)  # one search ranks one space for several sizes
+@functools.lru_cache(maxsize=2)
 def _guessed(spec: KernelSpec, arch: Arch, backend: Backend) -> dict[Plan, tuple[Resources, ...]]:
-    """Every feasible plan, with what its binary may take where the model covers it."""
-    covered = cost_model.covers(spec, backend)
     plans = space.feasible(spec, arch, backend)
-    return {plan: cost_model.guess_resources(spec, plan, arch) if covered else () for plan in plans}
+    return {plan: cost_model.guess_resources(spec, plan, arch) for plan in plans}
 
 
 def shortlist(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend, *, count: int) -> list[Plan]:

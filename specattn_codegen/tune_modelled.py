@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 
 from specattn_codegen import cost_model, record, space
 from specattn_codegen.build.resources import Resources
@@ -13,6 +13,7 @@ from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
+from specattn_codegen.shortlist import guessed_us
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_session import (
@@ -90,9 +91,11 @@ def _compile(
 
     listener.task_started(task, search.left)
     compiled: dict[Plan, tuple[Resources, ...]] = {}
+    tried: set[Plan] = set()
     best: float | None = None
     _listen(search, compiled)
-    while plans := search.ask(BATCH):
+    while not _is_settled(task, tried | compiled.keys(), compiled, target) and (plans := search.ask(BATCH)):
+        tried.update(plans)
         for trial in logbook.run(pool, [compile_trial(spec, plan, target) for plan in plans], predict):
             if trial.plan == space.default_plan(spec, arch, target.backend):
                 require_default(trial)
@@ -115,6 +118,19 @@ def _listen(search: Proposer, compiled: dict[Plan, tuple[Resources, ...]]) -> No
     for trial in record.decode(search.heard()):
         if trial.stage == "compile" and trial.outcome.status is Status.OK:
             compiled[trial.plan] = trial.outcome.resources
+
+
+def _is_settled(task: Task, tried: Set[Plan], compiled: Mapping[Plan, tuple[Resources, ...]], target: Target) -> bool:
+    """Whether at no size a plan that was not tried is guessed to be faster than the best that was compiled."""
+    if not compiled or not cost_model.covers(task.spec, target.backend):
+        return False
+    for workload in task.workloads:
+        best = min(_predicted_us(task.spec, workload, plan, target, taken) for plan, taken in compiled.items())
+        guesses = guessed_us(task.spec, workload, target.arch, target.backend)
+        hope = next((time for plan, time in guesses.items() if plan not in tried), math.inf)
+        if hope * (1 + MODEL_ERROR) < best:
+            return False
+    return True
 
 
 def _predicted_us(

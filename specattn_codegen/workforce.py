@@ -36,15 +36,30 @@ class Pool(Protocol):
 Workforce = Callable[[Stage], AbstractContextManager[Pool]]
 
 
-def processes(stage: Stage) -> WorkerPool[TuningJob]:
-    """One worker to measure, since candidates that share the processor would time each other; else one a core."""
+def processes(stage: Stage, size: int | None = None) -> WorkerPool[TuningJob]:
+    """One worker to measure, since candidates that share the processor would time each other; else `size`, or one a
+    core."""
     environment = {
         "measure": {"TRITON_INTERPRET": None},
         "compile": {"TRITON_INTERPRET": None},
         "interpret": {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     }
-    size = 1 if stage == "measure" else cpu_info.core_count()
-    return WorkerPool(size=size, deadline_s=DEADLINES_S[stage], environment=environment[stage])
+    workers = 1 if stage == "measure" else size or cpu_info.core_count()
+    return WorkerPool(size=workers, deadline_s=DEADLINES_S[stage], environment=environment[stage])
+
+
+@contextlib.contextmanager
+def lasting(size: int | None = None) -> Iterator[Workforce]:
+    """As `processes`, but its pools stay for many runs, as a worker takes seconds to import what it needs."""
+    pools: dict[Stage, Pool] = {}
+    with contextlib.ExitStack() as stack:
+
+        def pool(stage: Stage) -> AbstractContextManager[Pool]:
+            if stage not in pools:
+                pools[stage] = stack.enter_context(processes(stage, size))
+            return contextlib.nullcontext(pools[stage])
+
+        yield pool
 
 
 _Key = tuple[Stage, KernelSpec, Workload | None, Plan]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,17 +17,19 @@ from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.jobs import CompileJob
 from specattn_codegen.measure import POLICY
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
+from specattn_codegen.record import Record, Stage
 from specattn_codegen.seeds import model_seeds
+from specattn_codegen.shortlist import guessed_us
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
-from specattn_codegen.tune import plan_tasks, tune
+from specattn_codegen.tune import Method, plan_tasks, tune
 from specattn_codegen.tune_measured import winner
 from specattn_codegen.tune_session import Budget, Logbook, Target, Task, Trial, require_default
-from specattn_codegen.workforce import Replay
+from specattn_codegen.workforce import Replay, TuningJob
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
@@ -158,6 +161,38 @@ def test_among_equal_predictions_the_default_then_the_best_over_all_sizes() -> N
             assert chosen == default
     assert tune_modelled.choose(task, SIZES[0], compiled(default), H100) == default
     assert tune_modelled.choose(task, SIZES[0], {}, H100) is None
+
+
+@dataclass(frozen=True, slots=True)
+class Imagined:
+    """A pool whose binaries take what was guessed of them, but that they spill, and whose proofs all succeed."""
+
+    spill_bytes: int = 0
+
+    def __call__(self, stage: Stage) -> AbstractContextManager[Imagined]:  # noqa: ARG002
+        return nullcontext(self)
+
+    def start(self, jobs: Sequence[TuningJob]) -> None:
+        """Nothing is begun early."""
+
+    def run(self, jobs: Iterable[TuningJob]) -> Iterator[tuple[TuningJob, Outcome]]:
+        for job in jobs:
+            resources = guess_resources(job.spec, job.plan, job.arch) if isinstance(job, CompileJob) else ()
+            spilling = tuple(dataclasses.replace(one, spill_bytes=self.spill_bytes) for one in resources)
+            yield job, Outcome(status=Status.OK, worst_error=0.1, resources=spilling)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("spill_bytes", "ends_early"), [(0, True), (10_000, False)])
+def test_a_modelled_search_ends_where_nothing_is_guessed_to_be_better(
+    tmp_path: Path, spill_bytes: int, ends_early: bool
+) -> None:
+    task, trials, watcher = Task(spec=GPU_VERIFY, workloads=SIZES), 24, Watcher()
+    tune([task], H100, Budget(trials=trials, seed=0), watcher, tmp_path, Method(workforce=Imagined(spill_bytes)))
+    assert (len(watcher.trials) < trials) == ends_early
+    for entry in watcher.winners:
+        least = min(guessed_us(GPU_VERIFY, entry.workload, H100.arch, "triton").values())
+        assert (entry.latency_us <= least * (1 + tune_modelled.MODEL_ERROR)) == ends_early
 
 
 def test_the_models_seeds_are_its_best_for_each_size() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from specattn_codegen import gpus, models, pack, paths
 from specattn_codegen.claims import own_device
-from specattn_codegen.cli import console, tune_bundle
+from specattn_codegen.cli import console, tune_all_models, tune_bundle
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_replay import replay
@@ -37,6 +37,7 @@ Examples:
   specattn-tune --heads 32,8,128 --gpu cpu --dtype bfloat16 --timeout 120 --out ./packs
   specattn-tune --heads 32,8,128 --gpu cpu --storage journal:studies.log --report tuning.html
   specattn-tune --heads 32,8,128 --gpu h100 --explain
+  specattn-tune all-models --gpu a100                 every registered model; goes on where it stopped
 
 \b
 Many processes may share the searches: start the same command, with one --storage, wherever it can be reached.
@@ -165,7 +166,7 @@ def show(screen: Console, progress: TuningProgress, target: Target, packs: list[
         screen.print(f"stopped early: {progress.unfinished} searches were not finished", markup=False)
 
 
-for subcommand in (tune_bundle.prepare, tune_bundle.measure, tune_bundle.merge):
+for subcommand in (tune_all_models.all_models, tune_bundle.prepare, tune_bundle.measure, tune_bundle.merge):
     command.add_command(subcommand)
 
 
