@@ -23,6 +23,8 @@ DEEPEST = 16  # levels of nesting; a pack has 6
 LARGEST_NUMBER = 2**63
 LONGEST_TEXT = 1000  # characters
 
+LINE = 160  # characters that a value may take with its indentation before it is broken up
+
 Plain = dict[str, object]
 
 
@@ -99,8 +101,19 @@ def digest_of(plain: Plain) -> str:
 
 def to_text(plain: Plain) -> str:
     """Sorted and indented, with its own digest."""
-    signed = {**plain, "digest": digest_of(plain)}
-    return json.dumps(signed, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return _indented({**plain, "digest": digest_of(plain)}, "") + "\n"
+
+
+def _indented(value: object, indent: str) -> str:
+    """JSON in which a list or an object that has room on a line stands on it, or else each of its items does."""
+    whole = json.dumps(value, sort_keys=True, allow_nan=False)
+    if len(indent) + len(whole) <= LINE or not isinstance(value, (dict, list)):
+        return whole
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(name)}: {_indented(value[name], deeper)}" for name in sorted(value)]
+        return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(deeper + _indented(item, deeper) for item in value) + f"\n{indent}]"
 
 
 def unknown_part(raw: object, known: object) -> object:

@@ -15,6 +15,7 @@ from specattn_codegen import gpus, ladder, pack, pack_file, pack_merge, paths
 from specattn_codegen.cli import pack as cli
 from specattn_codegen.environment import silicon
 from specattn_codegen.explain import neighbours
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack import ChosenBy, Pack
 
 TINY = ("--q-len", "1", "--kv-len", "256")  # far from LARGE
@@ -70,6 +71,26 @@ def test_packs_are_listed_by_layer_and_a_bad_one_says_why(run: Run, user: Path) 
     rows = {(row["layer"], row["pack"]): row["today"] for row in json.loads(run("list", "--json", "--today")[1])}
     assert rows["user", "h100/q32-kv8-d128"] == "2 exact"
     assert rows["user", "h200/q32-kv8-d128"] == ""
+
+
+def test_many_packs_of_a_processor_are_one_line_until_it_is_named(run: Run, user: Path) -> None:
+    for group in range(1, 11):
+        heads = HeadConfig(num_q_heads=8 * group, num_kv_heads=8, head_dim=128)
+        spec = dataclasses.replace(VERIFY, heads=heads)
+        found = Pack(arch=silicon(ARCH), heads=heads, entries=(dataclasses.replace(entry(), spec=spec),))
+        pack.write(user / "h100" / f"{heads.name}.json", found)
+    (user / "h100" / "bad.json").write_text("{")
+    code, out, _ = run("list", "--today")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "h100: 10 packs" in line]
+    assert line.split()[:6] == ["user", "h100:", "10", "packs", "10", "10"]
+    assert "10 modelled" in line
+    assert "q80-kv8-d128" not in out
+    assert "h100/bad" in out
+    _, out, _ = run("list", "h100")
+    assert all(f"h100/q{8 * group}-kv8-d128" in out for group in range(1, 11))
+    assert len(json.loads(run("list", "--json")[1])) >= 11
+    assert run("list", "a100", "--packs", str(user))[1].count("q8-kv8-d128") == 0
 
 
 def test_a_pack_is_shown_with_what_holds_today(run: Run, user: Path) -> None:

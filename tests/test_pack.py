@@ -44,7 +44,10 @@ def test_what_is_published_is_loaded_and_reads_well(tmp_path: Path) -> None:
         "verify_attention-bfloat16-p16": ["b1-q7-n4096"],
     }
     assert plain["provenance"]["proved_by"] == {"interpreter-float16-twin": 3}
-    assert path.read_text() == json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    assert path.read_text() == pack_file.to_text(dict(reversed(plain.items())))
+    lines = path.read_text().splitlines()
+    assert max(map(len, lines)) <= pack_file.LINE + len('"digest": ,')
+    assert '      "workload": {"batch": 1, "budget": 0, "kv_len": 4096, "q_len": 7}' in lines
     assert pack.encode(loaded) == path.read_text()
 
 

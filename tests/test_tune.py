@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from imagined import Imagined
 from specattn_codegen import cpu_info, environment, gpus, ladder, pack, record, space, tune_modelled
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import CompileJob
 from specattn_codegen.measure import POLICY
 from specattn_codegen.outcome import Outcome, Status, Timing
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record, Stage
+from specattn_codegen.record import Record
 from specattn_codegen.seeds import model_seeds
 from specattn_codegen.shortlist import guessed_us
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 from specattn_codegen.tune import Method, plan_tasks, tune
 from specattn_codegen.tune_measured import winner
 from specattn_codegen.tune_session import Budget, Logbook, Target, Task, Trial, require_default
-from specattn_codegen.workforce import Replay, TuningJob
+from specattn_codegen.workforce import Replay
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
@@ -161,25 +160,6 @@ def test_among_equal_predictions_the_default_then_the_best_over_all_sizes() -> N
             assert chosen == default
     assert tune_modelled.choose(task, SIZES[0], compiled(default), H100) == default
     assert tune_modelled.choose(task, SIZES[0], {}, H100) is None
-
-
-@dataclass(frozen=True, slots=True)
-class Imagined:
-    """A pool whose binaries take what was guessed of them, but that they spill, and whose proofs all succeed."""
-
-    spill_bytes: int = 0
-
-    def __call__(self, stage: Stage) -> AbstractContextManager[Imagined]:  # noqa: ARG002
-        return nullcontext(self)
-
-    def start(self, jobs: Sequence[TuningJob]) -> None:
-        """Nothing is begun early."""
-
-    def run(self, jobs: Iterable[TuningJob]) -> Iterator[tuple[TuningJob, Outcome]]:
-        for job in jobs:
-            resources = guess_resources(job.spec, job.plan, job.arch) if isinstance(job, CompileJob) else ()
-            spilling = tuple(dataclasses.replace(one, spill_bytes=self.spill_bytes) for one in resources)
-            yield job, Outcome(status=Status.OK, worst_error=0.1, resources=spilling)
 
 
 @pytest.mark.usefixtures("own_cache")
