@@ -18,7 +18,7 @@ from specattn_codegen.build.store import remembered
 from specattn_codegen.digest import digest
 from specattn_codegen.kernel import Call, Kernel
 from specattn_codegen.measure import device_of, rotating, time_interleaved, timed_calls, timer_for
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.outcome import POISONED, Outcome, Status
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.prove import ON_DEVICE, Extent, premises, prove
 from specattn_codegen.render import Source, render
@@ -88,7 +88,7 @@ class InterpretJob:
             try:
                 outcome = self._remembered(proved, extent)
             except launch_errors("triton") as error:
-                return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+                return failed_launch(error)
             if outcome.status is not Status.OK:
                 return outcome
             worst = max(worst, outcome.worst_error or 0.0)
@@ -143,7 +143,7 @@ class ProveJob:
         try:
             return _proved(kernel, self.workload, self.page_size, self.seed, device_of(self.arch), ON_DEVICE)
         except launch_errors(self.plan.backend) as error:
-            return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+            return failed_launch(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,7 @@ class MeasureJob:
                 rotating(kernels, calls, device), seconds=self.seconds, timer=timer_for(self.arch)
             )
         except launch_errors(self.plans[0].backend) as error:
-            return Outcome(status=Status.RUNTIME, detail=_first_line(error))
+            return failed_launch(error)
         return Outcome(status=Status.OK, worst_error=worst, timings=timings, resources=resources)
 
 
@@ -203,8 +203,11 @@ def launch_errors(backend: Backend) -> tuple[type[Exception], ...]:
     return (importlib.import_module("triton.errors").TritonError, torch.AcceleratorError, torch.OutOfMemoryError)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def failed_launch(error: Exception) -> Outcome:
+    """An error of the device, as an access to an illegal address, stays with its process, where nothing runs again."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    detail = f"{POISONED}{line}" if isinstance(error, torch.AcceleratorError) else line
+    return Outcome(status=Status.RUNTIME, detail=detail)
 
 
 def _proved(kernel: Kernel, workload: Workload, page_size: int, seed: int, device: str, extent: Extent) -> Outcome:

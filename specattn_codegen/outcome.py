@@ -9,6 +9,7 @@ from specattn_codegen.build.resources import Resources
 
 DIED = "the worker "  # how the detail of an outcome begins whose worker did not survive it
 HUNG = "no result after "  # and of one whose worker had to be killed
+POISONED = "the device failed: "  # and of one after which its worker's device takes nothing more
 
 
 class Status(str, Enum):

@@ -12,7 +12,7 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment, Silicon
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import DIED, HUNG, Outcome, Status
+from specattn_codegen.outcome import DIED, HUNG, POISONED, Outcome, Status
 from specattn_codegen.plan import Plan
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -83,9 +83,11 @@ class Record:
 
     @property
     def offence(self) -> tuple[str, str, str] | None:
-        """What killed or hung a worker: the binary by its digest, silicon and compiler; None for a well-behaved one."""
+        """What killed, hung or poisoned a worker: the binary by its digest, silicon and compiler; None for a good one."""
         hung = self.outcome.status is Status.TIMEOUT and self.outcome.detail.startswith(HUNG)
-        if not hung and not (self.outcome.status is Status.RUNTIME and self.outcome.detail.startswith(DIED)):
+        if not hung and not (
+            self.outcome.status is Status.RUNTIME and self.outcome.detail.startswith((DIED, POISONED))
+        ):
             return None
         return self.source_digest, digest(self.silicon), self.environment.compiler
 

@@ -186,11 +186,11 @@ class Logbook:
         self.offences[trial.offence] += 1
 
     def _why_quarantined(self, blank: Record) -> str | None:
-        """Why a binary is not run again: it has killed or hung its worker before, whatever size and split it was at."""
+        """Why a binary is not run again: it has ended its worker before, whatever size and split it was at."""
         times = self.offences[blank.source_digest, digest(blank.silicon), blank.environment.compiler]
         if times < OFFENCES:
             return None
-        return f"quarantined: its binary {blank.source_digest} has killed or hung {times} workers"
+        return f"quarantined: its binary {blank.source_digest} has killed, hung or poisoned {times} workers"
 
     def run(
         self,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from specattn_codegen import gpus, jobs, space
 from specattn_codegen.build import triton as triton_build
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import InterpretJob, interpreted_twin, render_for
-from specattn_codegen.outcome import Status
+from specattn_codegen.jobs import InterpretJob, failed_launch, interpreted_twin, render_for
+from specattn_codegen.outcome import POISONED, Status
 from specattn_codegen.prove import attention_problems
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
@@ -86,3 +87,16 @@ def test_a_verdict_is_not_believed_of_another_text(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(jobs, "render_for", doubled)
     assert job.run().status is Status.WRONG
+
+
+@pytest.mark.parametrize(
+    ("error", "poisons"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with more."), True),
+        (torch.OutOfMemoryError("CUDA out of memory\nTried more."), False),
+    ],
+)
+def test_only_an_error_of_the_device_counts_against_a_binary(error: Exception, poisons: bool) -> None:
+    outcome = failed_launch(error)
+    assert outcome.status is Status.RUNTIME
+    assert outcome.detail == f"{POISONED * poisons}{str(error).splitlines()[0]}"

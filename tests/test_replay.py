@@ -13,7 +13,7 @@ from specattn_bench.endurance import pretended
 from specattn_codegen import cpu_info, environment, record, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import DIED, HUNG, Outcome, Status
+from specattn_codegen.outcome import DIED, HUNG, POISONED, Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
@@ -100,9 +100,9 @@ def test_what_was_not_recorded_is_no_candidate() -> None:
     assert winner.plan in known
 
 
-@pytest.mark.parametrize("detail", [f"{DIED}was killed by SIGSEGV", f"{HUNG}60 s"])
-def test_a_binary_that_kills_or_hangs_workers_is_not_run_again(detail: str, tmp_path: Path) -> None:
-    status = Status.RUNTIME if detail.startswith(DIED) else Status.TIMEOUT
+@pytest.mark.parametrize("detail", [f"{DIED}was killed by SIGSEGV", f"{POISONED}illegal address", f"{HUNG}60 s"])
+def test_a_binary_that_kills_hangs_or_poisons_workers_is_not_run_again(detail: str, tmp_path: Path) -> None:
+    status = Status.TIMEOUT if detail.startswith(HUNG) else Status.RUNTIME
     plans = [plan for plan in space.feasible(SPEC, target().arch, "cpu") if plan["key_tile"] == 32]
     plans = [plan for plan in plans if plan["prefetch"] == "none"]  # they differ by their splits, and share a binary
     offenders = [
