@@ -83,7 +83,7 @@ class Record:
 
     @property
     def offence(self) -> tuple[str, str, str] | None:
-        """What killed, hung or poisoned a worker: the binary by its digest, silicon and compiler; None for a good one."""
+        """What ended its worker: the binary by its digest, silicon and compiler; None for a well-behaved one."""
         hung = self.outcome.status is Status.TIMEOUT and self.outcome.detail.startswith(HUNG)
         if not hung and not (
             self.outcome.status is Status.RUNTIME and self.outcome.detail.startswith((DIED, POISONED))
