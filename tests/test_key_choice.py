@@ -70,12 +70,12 @@ def test_a_share_of_each_budget_is_the_newest_keys_and_the_rest_the_best_of_the_
     assert found.counts[1].tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("ahead", [1, 3, 5])
 def test_keys_behind_a_good_one_count_as_much_and_what_is_past_a_prefix_does_not(ahead: int) -> None:
     scores = random_scores(4)
     for request, prefix in enumerate(PREFIXES):
         scores[request, :, prefix:] = float("nan")
-    found = look_ahead(scores.clone(), LENGTHS, ahead)
+    found = look_ahead(scores.clone(), len(LENGTHS), ahead)
     assert found.shape == scores.shape
     for request, prefix in enumerate(PREFIXES):
         for key in range(prefix):

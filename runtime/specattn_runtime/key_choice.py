@@ -41,13 +41,16 @@ def force_recents(
     return scores
 
 
-def look_ahead(scores: torch.Tensor, prefix_lens: torch.Tensor, ahead: int) -> torch.Tensor:
-    """scores [layers * B, S, N] -> each key's best score among itself and the `ahead` keys before it: a text that is
-    repeated goes on behind what was looked at. Columns past a prefix [B] may hold anything."""
-    keys = torch.arange(scores.shape[-1], device=scores.device)
-    held = keys < prefix_lens.repeat(len(scores) // len(prefix_lens))[:, None, None]
-    behind = torch.nn.functional.pad(scores.masked_fill(~held, -math.inf), (ahead, 0), value=-math.inf)
-    return torch.nn.functional.max_pool1d(behind, ahead + 1, stride=1)
+def look_ahead(scores: torch.Tensor, requests: int, ahead: int) -> torch.Tensor:
+    """scores [layers * requests, S, N] -> each key's best score among itself and the `ahead` keys before it: a text
+    that is repeated goes on behind what was looked at. Writes to scores."""
+    for layer in scores.split(requests):  # a layer's scores stay in a cache from one step to the next
+        reach = 0
+        while reach < ahead:
+            step = min(reach + 1, ahead - reach)
+            layer[..., step:] = torch.maximum(layer[..., step:], layer[..., :-step])
+            reach += step
+    return scores
 
 
 def select_by_policy(

@@ -270,7 +270,7 @@ class Decoder:
         else:
             scores = torch.cat(list(verified.scores))
         if self.preset.ahead:
-            scores = key_choice.look_ahead(scores, rows.prefix_lens, self.preset.ahead)
+            scores = key_choice.look_ahead(scores, len(turns), self.preset.ahead)
         if self.preset.recent_share:
             scores = key_choice.force_recents(scores, rows.prefixes, policies, self.preset.recent_share)
         chosen = self._chosen(scores, rows.prefix_lens, policies)
