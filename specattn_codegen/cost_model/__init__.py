@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.attention import attention_launches
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 GUESSED_OVERHEAD = 48  # registers a thread for addresses and loop state
+SCORES_HELD = 32  # of a thread of a selection, with which it spilled 0 to 32 bytes
+SPILLED_BYTES = 28  # for every further one: with 64 it spilled 832 to 1000 bytes
 
 
 def covers(spec: KernelSpec, backend: Backend) -> bool:
@@ -105,11 +109,7 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
     if plan.backend == "cpu":
         return ()
     if spec.op == "select_kv":
-        # Seen for every NVIDIA target: the compiler takes all the registers that a thread of so many can have.
-        most = arch.registers_per_sm // (plan.integer("num_warps") * arch.warp_size)
-        return (
-            _guess("select_rows", registers=min(255, most), smem_bytes=4 * 2 ** plan.integer("radix_bits"), plan=plan),
-        )
+        return (_guess_selection(plan, arch),)
     tiles = tilelang if plan.backend == "tilelang" else triton
     registers = min(255, tiles.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
     attend = _guess("attend_splits", registers=registers, smem_bytes=tiles.smem_bytes(plan, spec, arch), plan=plan)
@@ -118,6 +118,20 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
         for name in (*(() if triton.merges_last(plan) else ("merge_splits",)), *(("score_keys",) if spec.score else ()))
     )
     return (attend, *others)
+
+
+def _guess_selection(plan: Plan, arch: Arch) -> Resources:
+    """As binaries for sm_90 were seen to be: they take all registers that a thread of so many can have, and spill where
+    it has more than SCORES_HELD scores at a time."""
+    threads = plan.integer("num_warps") * arch.warp_size
+    taken = _guess(
+        "select_rows",
+        registers=min(255, arch.registers_per_sm // threads),
+        smem_bytes=4 * 2 ** plan.integer("radix_bits"),
+        plan=plan,
+    )
+    excess = max(0, plan.integer("block_n") // threads - SCORES_HELD)
+    return dataclasses.replace(taken, spill_bytes=SPILLED_BYTES * excess)
 
 
 def _guess(kernel: str, *, registers: int, smem_bytes: int, plan: Plan) -> Resources:
