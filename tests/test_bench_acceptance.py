@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from specattn_bench import acceptance, acceptance_report, cli
 from specattn_bench.acceptance_report import findings, summarise
-from specattn_bench.acceptance_study import EVERYTHING, SERIES, Case, Observed, along_text, generated
+from specattn_bench.acceptance_study import EVERYTHING, SERIES, Case, Observed, along_text, by_place, generated
 from specattn_bench.acceptance_texts import SETS, Passage, Texts
 from specattn_bench.corpus import Corpus
 from specattn_bench.episodes import KINDS
@@ -50,7 +52,12 @@ def test_plain_passages_are_the_text_itself(texts: Texts) -> None:
 def test_long_range_passages_end_their_prompts_amid_the_uses(texts: Texts) -> None:
     found = texts.passages("long-range", 1200, 60, 6)
     assert [one.kind for one in found] == [*KINDS, *KINDS]
-    assert all((len(one.prompt), len(one.following)) == (1200, 60) for one in found)
+    assert all((len(one.prompt), len(one.following), len(one.places)) == (1200, 60, 60) for one in found)
+    for one in found[:2]:  # values in quotes
+        for place, (before, what) in enumerate(itertools.pairwise(one.following)):
+            assert (one.places[place + 1] == "start") == (before == ord("'") and one.places[place + 1] != "other")
+            assert one.places[place + 1] != "inside" or one.places[place] in ("start", "inside")
+            assert one.places[place + 1] == "other" or chr(what).isalnum()
     lookups, names = (bytes(one.prompt[-150:] + one.following) for one in found[:2])
     assert lookups.count(b"assert ") >= 2
     assert names.count(b"check(") >= 2
@@ -96,6 +103,17 @@ def test_budgets_that_share_a_batch_give_what_they_give_alone(model: Llama, pass
             assert together[key].agreeing == one.agreeing
     few, many = (sum(together[case, place].tokens for place in range(3)) for case in cases[:2])
     assert 3 < few < many < 12
+
+
+def test_a_rounds_drafts_are_the_tokens_after_its_newest_one() -> None:
+    holding = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    places = ["start", "inside", "other", "start", "start", "other", "start"]
+    assert by_place(holding, places) == {
+        "inside": [pytest.approx(0.1)],
+        "other": [pytest.approx(0.2), pytest.approx(0.4)],
+        "start": [pytest.approx(0.3)],
+    }
+    assert by_place(holding, ()) == {}
 
 
 def test_with_every_key_all_drafts_hold(model: Llama, passages: list[Passage]) -> None:

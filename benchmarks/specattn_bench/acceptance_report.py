@@ -34,7 +34,8 @@ LEGEND = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """tokens: a round, the mean over passages; error: of its difference from streaming; beside: over streaming's.
-    agreeing: forced, tokens that greedy decoding would keep. by_kind: tokens by the passages' kind."""
+    agreeing: forced, tokens that greedy decoding would keep. by_kind: tokens by the passages' kind;
+    holding: forced, the mean chance that a draft holds, by PLACES."""
 
     mode: str
     text_set: str
@@ -46,6 +47,7 @@ class Summary:
     agreeing: float | None
     passages: int
     by_kind: Mapping[str, float]
+    holding: Mapping[str, float]
 
     def facts(self) -> dict[str, object]:
         return {
@@ -61,6 +63,9 @@ class Summary:
             "agreeing_a_round": tables.rounded(self.agreeing),
             "passages": self.passages,
             **({"by_kind": {kind: round(tokens, 4) for kind, tokens in self.by_kind.items()}} if self.varied else {}),
+            **(
+                {"holding": {place: round(chance, 4) for place, chance in self.holding.items()}} if self.holding else {}
+            ),
         }
 
     @property
@@ -91,17 +96,18 @@ def summarise(observed: Sequence[Observed], passages: Sequence[Passage]) -> list
                 beside=tokens / statistics.fmean(one.tokens for one in theirs.values()) if theirs else None,
                 agreeing=statistics.fmean(agreeing) if agreeing else None,
                 passages=len(mine),
-                by_kind=means_by_kind(mine.values(), passages),
+                by_kind=means((passages[one.passage].kind, [one.tokens]) for one in mine.values()),
+                holding=means(part for one in mine.values() for part in one.holding.items()),
             )
         )
     return found
 
 
-def means_by_kind(observed: Iterable[Observed], passages: Sequence[Passage]) -> dict[str, float]:
-    tokens: dict[str, list[float]] = {}
-    for one in observed:
-        tokens.setdefault(passages[one.passage].kind, []).append(one.tokens)
-    return {kind: statistics.fmean(found) for kind, found in tokens.items()}
+def means(parts: Iterable[tuple[str, Sequence[float]]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for name, values in parts:
+        found.setdefault(name, []).extend(values)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -168,7 +174,11 @@ def show(
         for text_set in SETS:
             mine = [one for one in usual if (one.mode, one.text_set) == (mode, text_set)]
             _print(screen, f"{mode}, {text_set}: {budget:.0%}, {draft_len} drafts", mine, lambda one: one.context)
-    _print_kinds(screen, [one for one in usual if one.mode == FORCED and one.varied])
+    far = [one for one in usual if one.mode == FORCED and one.text_set == LONG_RANGE and one.context >= FAR]
+    _print_parts(screen, f"{FORCED}, {LONG_RANGE}: by kind", far, lambda one: one.by_kind)
+    _print_parts(
+        screen, "chance that a draft holds, of an answer's first byte, others, all else", far, lambda one: one.holding
+    )
     for text_set in SETS:
         mine = [one for one in summaries if (one.mode, one.text_set) == (FORCED, text_set)]
         longest = max((one.context for one in mine), default=0)
@@ -195,15 +205,21 @@ def _print(screen: Console, title: str, cells: Sequence[Summary], column: Key) -
     screen.print(table)
 
 
-def _print_kinds(screen: Console, cells: Sequence[Summary]) -> None:
-    kinds = list(dict.fromkeys(kind for one in cells for kind in one.by_kind))
-    contexts = list(dict.fromkeys(one.context for one in cells))
-    if not kinds:
+def _print_parts(
+    screen: Console, title: str, cells: Sequence[Summary], parts_of: Callable[[Summary], Mapping[str, float]]
+) -> None:
+    parts = sorted({(part, one.context) for one in cells for part in parts_of(one)})
+    if not parts:
         return
-    table = tables.table(f"{FORCED}, by kind", ("series", *(f"{kind} {one}" for kind in kinds for one in contexts)))
+    table = tables.table(title, ("series", *(f"{part} {context}" for part, context in parts)))
     for series in dict.fromkeys(one.case.series for one in cells):
-        mine = {one.context: one.by_kind for one in cells if one.case.series == series}
-        table.add_row(series, *(f"{mine[one][kind]:.2f}" for kind in kinds for one in contexts))
+        mine = {
+            (part, one.context): f"{found:.2f}"
+            for one in cells
+            if one.case.series == series
+            for part, found in parts_of(one).items()
+        }
+        table.add_row(series, *(mine.get(part, "") for part in parts))
     screen.print(table)
 
 

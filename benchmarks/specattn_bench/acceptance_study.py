@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,13 +47,14 @@ class Case:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """Tokens a round of one passage, a mean over its rounds. mode: forced, greedy or sampled; agreeing: forced, as
-    many as greedy decoding would keep."""
+    many as greedy decoding would keep; holding: forced, the chances that drafts hold, each alone, by PLACES."""
 
     mode: str
     case: Case
     passage: int
     tokens: float
     agreeing: float | None = None
+    holding: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 Say = Callable[[str], None]
@@ -85,6 +86,7 @@ def along_text(
         found = known.run(kernels, group[0].preset, policies, draft_len=draft_len, rounds=rounds)
         accepted = torch.stack(found.accepted).double().mean(dim=0).tolist()
         matched = torch.stack(found.matched).double().mean(dim=0).tolist()
+        holding = torch.stack(found.holding, dim=1)  # [B, rounds, drafts]
         places = itertools.product(range(len(group)), range(len(passages)))
         observed += [
             Observed(
@@ -93,6 +95,7 @@ def along_text(
                 passage=number,
                 tokens=1 + accepted[copy * len(passages) + number],
                 agreeing=1 + matched[copy * len(passages) + number],
+                holding=by_place(holding[copy * len(passages) + number], passages[number].places),
             )
             for copy, number in places
         ]
@@ -137,6 +140,16 @@ def generated(
             tokens = 1 + statistics.fmean(full)
             observed.append(Observed(mode=mode, case=case, passage=number, tokens=tokens))
     return observed
+
+
+def by_place(holding: torch.Tensor, places: Sequence[str]) -> dict[str, list[float]]:
+    """holding [rounds, drafts] along a passage: a round's drafts are the tokens after its newest one."""
+    found: dict[str, list[float]] = {}
+    rows = holding.shape[1] + 1
+    for start, chances in enumerate(holding.tolist() if places else []):
+        for place, chance in zip(places[start * rows + 1 :], chances, strict=False):
+            found.setdefault(place, []).append(chance)
+    return found
 
 
 def grouped(cases: Sequence[Case]) -> list[tuple[tuple[str, int], list[Case]]]:

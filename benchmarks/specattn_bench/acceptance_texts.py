@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specattn_bench.corpus import Corpus
-from specattn_bench.episodes import KINDS
+from specattn_bench.episodes import KINDS, Episode
 from specattn_codegen.errors import SpecError
 from specattn_runtime.tokens import TokenCodec
 
 PLAIN, LONG_RANGE = SETS = ("plain", "long-range")
+# What a byte of an episode is: the first of an answer that lies far back, another of it, or none of one.
+PLACES = ("start", "inside", "other")
 # A prompt already has some of an episode's uses, so that it is clear what goes on: an eighth, and no more than this.
 MOST_USED = 256
 SAMPLE = 1 << 16
@@ -22,13 +24,17 @@ SPARE = 1.3  # bytes taken beyond what a mean token would need
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """A prompt of about `context` tokens, and as many tokens after it as are decoded."""
+    """A prompt of about `context` tokens, and as many tokens after it as are decoded.
+
+    places: what each of these is, one of PLACES; nothing where a token is more than a byte.
+    """
 
     text_set: str
     kind: str
     context: int
     prompt: list[int]
     following: list[int]
+    places: Sequence[str] = ()
 
     @property
     def digest(self) -> str:
@@ -78,14 +84,24 @@ class Texts:
         cut = round(self.bytes_a_token * context)
         reach = cut - min(MOST_USED, cut // 8)
         length = cut + math.ceil(SPARE * self.bytes_a_token * decoded)
-        text = KINDS[kind](rng, self.corpus, reach, length).text
+        episode = KINDS[kind](rng, self.corpus, reach, length)
+        text, following = episode.text, self.codec.encode(episode.text[cut:])
         return Passage(
             text_set=LONG_RANGE,
             kind=kind,
             context=context,
             prompt=self.codec.encode(text[:cut])[:context],
-            following=self.codec.encode(text[cut:])[:decoded],
+            following=following[:decoded],
+            places=places(episode)[cut : cut + decoded] if len(following) == len(text) - cut else (),
         )
+
+
+def places(episode: Episode) -> list[str]:
+    """Of every byte."""
+    found = [PLACES[2]] * len(episode.text)
+    for answer in episode.answers:
+        found[answer.start : answer.stop] = [PLACES[0], *[PLACES[1]] * (answer.stop - answer.start - 1)]
+    return found
 
 
 def require_room(passages: Sequence[Passage], max_positions: int) -> None:

@@ -40,6 +40,7 @@ class TextLlama(Llama):
     texts: torch.Tensor
     rows: list[tuple[Attention, torch.Tensor]] = field(default_factory=list)
     drafts: list[torch.Tensor] = field(default_factory=list)
+    holding: list[torch.Tensor] = field(default_factory=list)  # chance that a draft holds, of each alone [B, drafts]
     accepted: list[torch.Tensor] = field(default_factory=list)
     matched: list[torch.Tensor] = field(default_factory=list)
 
@@ -61,7 +62,8 @@ class TextLlama(Llama):
         """found [B * rows, vocab], every request having as many rows; those but the last were drafted after."""
         drafted = torch.stack(self.drafts, dim=1)  # [B, drafts, vocab]
         verified = found.softmax(dim=1).view(len(drafted), -1, found.shape[1])[:, :-1]
-        self.accepted.append(torch.minimum(drafted, verified).sum(dim=2).cumprod(dim=1).sum(dim=1))
+        self.holding.append(torch.minimum(drafted, verified).sum(dim=2))
+        self.accepted.append(self.holding[-1].cumprod(dim=1).sum(dim=1))
         agrees = drafted.argmax(dim=2) == verified.argmax(dim=2)
         self.matched.append(agrees.double().cumprod(dim=1).sum(dim=1))
         self.drafts.clear()
