@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from specattn_bench import cli, throughput_report
 from specattn_bench.throughput_measured import Case, Decoding, Played, Step, decodings, law_of, play_in_turns
@@ -42,9 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 
 def test_a_checkpoint_is_timed_beside_dense_steps_and_generate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(TEXT[:200])
-    (tmp_path / "b.txt").write_bytes(TEXT[100:300])
-    texts = ("--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.txt"))
+    texts = ("--model", str(TRAINED), "--text", argparse.__file__)
     few = ("--batch", "3", "--context", "100", "--dtype", "float32", "--preset", "vegas", "--preset", "streaming")
     written, drawn = tmp_path / "answer.json", tmp_path / "answer.png"
     places = ("--json", str(written), "--plot", str(drawn))
@@ -65,7 +63,7 @@ def test_a_checkpoint_is_timed_beside_dense_steps_and_generate(monkeypatch: pyte
         assert one["times_dense"] == pytest.approx(rate / dense["tokens_per_second"], rel=1e-2)
         # Drafts, verifications and generate itself all give the text of dense decoding.
         assert one["margins_where_requests_part_from_dense"] == []
-        assert one["compared_tokens"] >= 6 * 7
+        assert one["compared_tokens"] >= 2 * 3 * 7
     for one in (vegas, streaming):
         costs = sum(one[f"{part}_us"] for part in ("draft", "verify", "select"))
         assert one["times_dense_if_all_drafts_held"] == pytest.approx(3 * dense["median_us"] / costs, rel=1e-2)
@@ -94,7 +92,10 @@ def test_drawn_weights_take_a_given_acceptance(monkeypatch: pytest.MonkeyPatch, 
     [
         (["--drawn", str(TRAINED)], "name a number with --accepted"),
         (["--accepted", "7"], "--accepted 7: must be 0 to 6"),
-        (["--context", "4090"], "--context 4090: with 43 tokens decoded after it exceeds the 4096 positions"),
+        (
+            ["--model", str(TRAINED), "--context", "4090"],
+            "--context 4090: with 43 tokens decoded after it exceeds the 4096 positions",
+        ),
         (["--preset", "vegs"], "did you mean vegas?"),
         (["--budget", "1.5"], "budget=1.5: must be above 0 and at most 1"),
         (["--draft-len", "0"], "draft_len=0"),
@@ -143,15 +144,12 @@ def test_every_turn_starts_from_the_same_prompts() -> None:
     assert [result.tokens for result in alone.play([1, 0]).results] == wanted[::-1]
 
 
-def test_prompts_are_what_the_model_makes_of_them_and_generate_goes_on_from_there() -> None:
+def test_generate_goes_on_from_prefilled_prompts_as_dense_steps_do() -> None:
     subject = Subject(folder=TRAINED, drawn=False)
     llama = subject.llama("float32")
     kernels = ReferenceKernels(llama.heads)
     texts = [list(TEXT[start : start + 90]) for start in (0, 40)]
     prompts = prefilled(llama, kernels, texts)
-    shorter = prefilled(llama, kernels, [text[:50] for text in texts])
-    for whole, part in zip(prompts.beginnings(50).keys, shorter.keys, strict=True):
-        torch.testing.assert_close(whole, part, rtol=1e-4, atol=1e-4)
     (dense,) = contenders_of(llama, prompts, DENSE)
     ours = dense.play([0, 1]).results
     theirs = PlainGenerate(model=in_transformers(subject, "float32"), prompts=prompts).play([0, 1])

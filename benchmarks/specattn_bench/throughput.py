@@ -13,7 +13,8 @@ import click
 import torch
 
 from specattn_bench import options, report, throughput_report
-from specattn_bench.reference import TRAINED, held_out, read_passages
+from specattn_bench.acceptance import corpus_of
+from specattn_bench.acceptance_texts import SETS, Texts
 from specattn_bench.throughput_measured import (
     ROUNDS,
     Case,
@@ -23,7 +24,7 @@ from specattn_bench.throughput_measured import (
     law_of,
     play_in_turns,
 )
-from specattn_bench.throughput_models import PAGE_SIZE, Prompts, Subject, drawn_prompts, prefilled
+from specattn_bench.throughput_models import PAGE_SIZE, SEED, Prompts, Subject, drawn_prompts, prefilled
 from specattn_bench.throughput_report import DENSE, Line
 from specattn_codegen import cpu_info
 from specattn_codegen.errors import SpecError
@@ -31,12 +32,15 @@ from specattn_codegen.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
 from specattn_runtime import load_kernels
 from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.kernels_protocol import AttentionKernels
+from specattn_runtime.llama import Llama
 from specattn_runtime.llama_config import LlamaConfig, read_config
 from specattn_runtime.presets import PRESETS, preset_named
 from specattn_runtime.tokens import codec_of
 
+ASSETS = report.BENCHMARKS.parent / "tests" / "assets"
 CONTEXTS = (2000, 8000)
-PASSAGES = 4
+PASSAGES = 2  # of ordinary text, and as many whose continuation lies far back
 HELP = f"""Times rounds of every preset on this CPU beside dense steps by the same kernels and transformers' generate.
 
 Prompts are cached beforehand and every contender continues the same ones, in turns of some rounds each, greedily.
@@ -44,7 +48,7 @@ Medians of rounds; tokens a round as the texts gave them, or as --accepted says.
 that they predict (tokens * dense step / (drafts * draft step + verify + select)) and the one with every draft held.
 
 \b
---model DIR   a checkpoint, along its held-out text or any --text
+--model DIR   a checkpoint, along ordinary and long-range passages of its held-out text, or of any --text
 --drawn DIR   the config.json of a folder with weights from a seed: shapes whose weights are not here; with --accepted,
               since drawn weights say nothing of how many drafts hold
 
@@ -88,7 +92,13 @@ class Asked:
 
 
 @click.command("throughput", help=HELP, short_help="Tokens a second, by phase, beside dense and transformers.")
-@click.option("--model", "models", multiple=True, type=click.Path(path_type=Path), help="[default: the tests']")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint; may be repeated.  [default: all of tests/assets]",
+)
 @click.option("--drawn", multiple=True, type=click.Path(path_type=Path), help="A folder's shape, weights from a seed.")
 @click.option("--accepted", type=float, help="Drafts that hold, a round: let so many, whatever they say.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="A file; may be repeated.")
@@ -152,7 +162,8 @@ def command(
         texts=texts,
         seconds=seconds,
     )
-    subjects = [Subject(folder=folder, drawn=False) for folder in models or (() if drawn else (TRAINED,))]
+    trained = models or (() if drawn else tuple(sorted(ASSETS.glob("tiny-bytes-*"))))
+    subjects = [Subject(folder=folder, drawn=False) for folder in trained]
     subjects += [Subject(folder=folder, drawn=True) for folder in drawn]
     for subject in subjects:
         asked.contexts_of(subject, read_config(subject.folder))
@@ -206,22 +217,29 @@ def _measure_model(subject: Subject, dtype: Dtype, asked: Asked, peer: ModuleTyp
     kernels = load_kernels(llama.heads, dtype=TORCH_DTYPES[dtype], page_size=PAGE_SIZE)
     model = peer.in_transformers(subject, dtype)
     contexts = asked.contexts_of(subject, llama.config)
-    bar.say(f"{subject.name}, {dtype}: prompts")
-    if subject.drawn:
-        prompts = drawn_prompts(llama, max(contexts))
-    else:
-        texts = asked.texts or held_out(subject.folder)
-        read = read_passages(texts, codec_of(subject.folder, llama.config), (max(contexts),), 0, PASSAGES)
-        prompts = prefilled(llama, kernels, [one.tokens for one in read])
     lines: list[Line] = []
-    for context, batch in itertools.product(contexts, asked.batches):
-        case = Case(model=subject.name, heads=llama.heads.name, dtype=dtype, batch=batch, context=context)
-        bar.say(case.name)
-        beginnings = prompts.beginnings(context)
-        ours = decodings(llama, kernels, beginnings, asked.specs, batch, asked.law)
-        lines += _measure_case(case, [*ours, peer.PlainGenerate(model=model, prompts=beginnings)], asked, beginnings)
-        bar.advance()
+    for context in contexts:
+        bar.say(f"{subject.name}, {dtype}: prompts of {context} tokens")
+        prompts = _prompts(subject, llama, kernels, asked.texts, context)
+        for batch in asked.batches:
+            case = Case(model=subject.name, heads=llama.heads.name, dtype=dtype, batch=batch, context=context)
+            bar.say(case.name)
+            ours = decodings(llama, kernels, prompts, asked.specs, batch, asked.law)
+            lines += _measure_case(case, [*ours, peer.PlainGenerate(model=model, prompts=prompts)], asked, prompts)
+            bar.advance()
     return lines
+
+
+def _prompts(subject: Subject, llama: Llama, kernels: AttentionKernels, texts: Sequence[Path], context: int) -> Prompts:
+    if subject.drawn:
+        return drawn_prompts(llama, context)
+    codec = codec_of(subject.folder, llama.config)
+    source = Texts(corpus=corpus_of(subject.folder, texts), codec=codec, seed=SEED)
+    found = [one.prompt for text_set in SETS for one in source.passages(text_set, context, 0, PASSAGES)]
+    shortest = min(map(len, found))
+    if shortest < context:
+        raise SpecError(f"--context {context}: a passage has {shortest} tokens; use at most so many")
+    return prefilled(llama, kernels, found)
 
 
 def _measure_case(case: Case, contenders: Sequence[Contender], asked: Asked, prompts: Prompts) -> list[Line]:

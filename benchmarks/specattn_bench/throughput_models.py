@@ -54,14 +54,6 @@ class Prompts:
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
 
-    def beginnings(self, length: int) -> Prompts:
-        """Their first tokens, whose keys know nothing of what follows."""
-        return Prompts(
-            tokens=[tokens[:length] for tokens in self.tokens],
-            keys=[keys[:, :length] for keys in self.keys],
-            values=[values[:, :length] for values in self.values],
-        )
-
 
 @torch.inference_mode()
 def prefilled(llama: Llama, kernels: AttentionKernels, texts: Sequence[Sequence[int]]) -> Prompts:
