@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import LlamaForCausalLM
 
+from benchmarks.training import __main__ as main
 from benchmarks.training import batches, evaluation, model, run, schedule
 from benchmarks.training.run import Asked
 from benchmarks.training.schedule import Stage
@@ -156,3 +158,24 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[-1] == pytest.approx(0.5 * schedule.LAST_RATE)
+
+
+def test_it_never_reads_what_the_checkpoint_it_starts_from_never_saw(
+    whole: tuple[run.Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, asked = tmp_path / "library", []
+    library.mkdir()
+    for name in ("learnt.py", "kept_apart.py", "new.py"):
+        (library / name).write_text(f"'{name}'\n" * 2000)
+    (whole[1] / "heldout.txt").write_text("kept_apart.py\nabsent.py\n")
+    monkeypatch.setattr(main.corpus, "library", lambda: library)
+    monkeypatch.setattr(main, "train", lambda *given: asked.extend(given) or whole[0])
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main.command, ["--heads", "mha", "--start", str(whole[1]), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    settings, learnt, held_out = asked
+    assert (learnt.names, held_out.names) == (("learnt.py", "new.py"), ("kept_apart.py",))
+    assert (out / "heldout.txt").read_text() == "kept_apart.py\n"
+    assert (settings.seconds, settings.fields["num_key_value_heads"]) == (90 * 60, 8)
+    assert settings.fields["max_position_embeddings"] == 9216
+    assert result.output.count("answer_bits") == len(whole[0].log)
