@@ -212,4 +212,12 @@ def test_the_cost_formula() -> None:
     assert vegas.perfect == pytest.approx(7 * 0.060 / 0.161)
     assert vegas.overhead == pytest.approx((0.002 + 0.001) / 0.165)
     assert vegas.line.phases["other"] == pytest.approx(0.004)
+    # A row of verification costs (100 - 60) / 6 ms; nearly all drafts hold, so that more of them pay.
+    rate = law_of(5.0, 6).rate
+    assert vegas.best_len is not None
+    speeds = [
+        expected_tokens(rate, drafts) * 0.060 / (0.010 * drafts + 0.061 + drafts * 0.040 / 6) for drafts in range(1, 17)
+    ]
+    assert vegas.best_len == speeds.index(max(speeds)) + 1 > 6
+    assert vegas.best == pytest.approx(max(speeds))
     assert (found[0].formula, found[0].overhead, found[3].times_dense) == (None, None, pytest.approx(0.2))

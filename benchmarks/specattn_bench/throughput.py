@@ -120,7 +120,7 @@ class Asked:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="PATH", help="Write the results here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="PATH", help="Draw them: .png or .svg.")
-@click.option("--save", is_flag=True, help="Write them to benchmarks/results/<processor>/ of this checkout.")
+@click.option("--save", is_flag=True, help="Write both to benchmarks/results/<processor>/ of this checkout.")
 def command(
     models: tuple[Path, ...],
     drawn: tuple[Path, ...],
@@ -172,7 +172,10 @@ def command(
     peer = transformers_peer()
     arch, load = cpu_info.detect(measure=False), report.load_average()
     places = options.report_paths("throughput", arch, json_path, save=save)
-    options.require_picture(plot_path)
+    pictures = [plot_path] if plot_path else []
+    pictures += [report.saved_path(arch, "throughput").with_suffix(".png")] if save else []
+    for path in pictures:
+        options.require_picture(path)
     found = throughput_report.standings(measure(subjects, asked, peer))
     title = f"measured: {draft_len} drafts, {budget:.0%} of the keys, {report.device(arch)}"
     if accepted is not None:
@@ -188,8 +191,8 @@ def command(
     }
     for place in places:
         report.write_json(place, written)
-    if plot_path is not None:
-        throughput_report.draw(plot_path, title, found)
+    for path in pictures:
+        throughput_report.draw(path, title, found)
 
 
 def transformers_peer() -> ModuleType:

@@ -13,20 +13,25 @@ from rich.console import Console
 
 from specattn_bench import tables
 from specattn_bench.plots import FAINT, FONT_SIZE, INK, OURS, PEERS, colours, plain
-from specattn_bench.throughput_measured import Case, Played
+from specattn_bench.throughput_measured import Case, Played, law_of
 from specattn_codegen.measure import summary
 from specattn_codegen.outcome import Timing
+from specattn_runtime.draft_length import RoundCosts, expected_tokens
 from specattn_runtime.generation import RequestResult, first_difference
 
 DENSE, GENERATE, SCORELESS = "dense", "transformers generate", "streaming"
 PHASES = ("draft", "verify", "select", "other")
-COLUMNS = ("series", "round", "parts", "tokens", "tokens/s", "x dense", "formula", "perfect", "x generate")
+COLUMNS = (
+    *("series", "round", "overhead", "parts", "tokens", "tokens/s"),
+    *("x dense", "formula", "perfect", "best", "x generate"),
+)
+LONGEST_DRAFT = 16  # that is considered for the best
 LEGEND = (
     "round: one pass over the whole cache, with its drafts. parts: draft, verify, select and other, percent of it.",
-    "tokens: of a request, a round.",
-    "formula: tokens * dense step / (drafts * draft step + verify + select), of the medians of the same run;",
-    "perfect: the same if every draft held. scores and selection: what verification takes longer than that of the",
-    "preset streaming, which has no scores, and selection.",
+    "overhead: selection, and what verification takes longer than that of streaming, which has no scores.",
+    "tokens: of a request, a round. formula: tokens * dense step / (drafts * draft step + verify + select), of the",
+    "medians of the same run; perfect: the same if every draft held; best: the same for the best draft length, in",
+    "brackets, if drafts go on to hold as often and a verified row costs what it costs here.",
 )
 
 
@@ -69,6 +74,7 @@ class Standing:
     """A line beside others of its case; None where its case has no such other.
 
     formula, perfect    times dense that the cost formula says, for the tokens of this run and for all drafts holding
+    best_len, best      the draft length for which it says most, and what it says there
     scores              seconds of verification that scores cost
     overhead            scores and selection, as a share of a round
     """
@@ -78,6 +84,8 @@ class Standing:
     times_generate: float | None
     formula: float | None
     perfect: float | None
+    best_len: int | None
+    best: float | None
     scores: float | None
     overhead: float | None
 
@@ -131,6 +139,7 @@ def _standing(line: Line, beside: Mapping[str, Line]) -> Standing:
     drafts = line.draft_len > 0
     costs = sum(line.phases.get(name, 0.0) for name in ("draft", "verify", "select"))
     speed = dense.seconds / costs if dense and drafts else None
+    best_len, best = best_draft_len(line, dense) if dense and drafts else (None, None)
     scores = line.phases["verify"] - scoreless.phases["verify"] if scoreless and drafts else None
     return Standing(
         line=line,
@@ -138,9 +147,31 @@ def _standing(line: Line, beside: Mapping[str, Line]) -> Standing:
         times_generate=line.rate / plain_generate.rate if plain_generate else None,
         formula=None if speed is None else line.tokens * speed,
         perfect=None if speed is None else (line.draft_len + 1) * speed,
+        best_len=best_len,
+        best=best,
         scores=scores,
         overhead=None if scores is None else (max(0.0, scores) + line.phases["select"]) / line.seconds,
     )
+
+
+def best_draft_len(line: Line, dense: Line) -> tuple[int, float]:
+    """The draft length of most tokens a second, and how many times as fast as dense steps it is.
+
+    Drafts hold at the rate that gives the line's tokens; verification costs as a line through its own and a dense step.
+    """
+    rate = law_of(line.tokens - 1, line.draft_len).rate
+    row = max(0.0, line.phases["verify"] - dense.phases["verify"]) / line.draft_len
+    costs = RoundCosts(
+        step=line.phases["draft"] / line.draft_len,
+        verification=line.phases["verify"] - row * (line.draft_len + 1) + line.phases["select"],
+        row=row,
+    )
+    speeds = {
+        drafts: expected_tokens(rate, drafts) * dense.seconds / costs.seconds(drafts, drafts + 1)
+        for drafts in range(1, LONGEST_DRAFT + 1)
+    }
+    best = max(speeds, key=lambda drafts: speeds[drafts])
+    return best, speeds[best]
 
 
 def result(standing: Standing) -> dict[str, object]:
@@ -155,6 +186,8 @@ def result(standing: Standing) -> dict[str, object]:
         "times_dense": tables.rounded(standing.times_dense),
         "times_dense_by_formula": tables.rounded(standing.formula),
         "times_dense_if_all_drafts_held": tables.rounded(standing.perfect),
+        "best_draft_len_by_formula": standing.best_len,
+        "times_dense_at_best_draft_len": tables.rounded(standing.best),
         "times_generate": tables.rounded(standing.times_generate),
         "scores_us": None if standing.scores is None else round(standing.scores * 1e6, 1),
         "scores_and_selection_share": tables.rounded(standing.overhead),
@@ -176,19 +209,7 @@ def show(found: Sequence[Standing], title: str, screen: Console) -> None:
             table.add_row(f"  {one.line.series}", *cells(one))
         table.add_section()
     screen.print(table)
-    overheads = [f"{one.line.case.name}, {one.line.series}: {one.overhead:.1%}" for one in _largest(found)]
-    lines = ["scores and selection, the largest share of a round in each case:", *overheads] if overheads else []
-    tables.print_lines(screen, [*lines, *texts_lines(found), *LEGEND])
-
-
-def _largest(found: Sequence[Standing]) -> list[Standing]:
-    """Of each case, the series whose scores and selection cost most."""
-    by_case: dict[Case, Standing] = {}
-    for one in found:
-        best = by_case.get(one.line.case)
-        if one.overhead is not None and (best is None or one.overhead > (best.overhead or 0.0)):
-            by_case[one.line.case] = one
-    return list(by_case.values())
+    tables.print_lines(screen, [*texts_lines(found), *LEGEND])
 
 
 def texts_lines(found: Sequence[Standing]) -> list[str]:
@@ -215,14 +236,18 @@ def cells(standing: Standing) -> tuple[str, ...]:
     line = standing.line
     return (
         tables.timing_cells(line.round)[0],
+        "" if standing.overhead is None else f"{standing.overhead:.1%}",
         "  ".join(f"{100 * line.phases[name] / line.seconds:4.1f}" for name in PHASES if name in line.phases),
         f"{line.tokens:.2f}",
         f"{line.rate:.1f}",
-        *(
-            "" if ratio is None else f"{ratio:.2f}"
-            for ratio in (standing.times_dense, standing.formula, standing.perfect, standing.times_generate)
-        ),
+        *(_times(ratio) for ratio in (standing.times_dense, standing.formula, standing.perfect)),
+        "" if standing.best is None else f"{standing.best:.2f} ({standing.best_len})",
+        _times(standing.times_generate),
     )
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def draw(path: Path, title: str, found: Sequence[Standing]) -> None:
