@@ -10,6 +10,7 @@ import torch
 
 from specattn_codegen.arch import Arch, Vendor
 from specattn_codegen.build import cpu
+from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
 from specattn_codegen.plan import Backend
 
@@ -64,9 +65,10 @@ def device_name(arch: Arch) -> str:
 
 
 def compiler_version(backend: Backend) -> str:
-    """Raises BuildError where the backend has no compiler on this machine."""
+    """What turns a source into a binary, by name and version, with whatever options are not in the source itself.
+    Raises BuildError where the backend has no compiler on this machine."""
     if backend == "cpu":
-        return cpu.compiler_version()
+        return f"{cpu.compiler_version()}, options {digest(cpu.FLAGS, cpu.TARGET_FLAGS)[:8]}"
     try:
         return f"{backend} {metadata.version(backend)}"
     except metadata.PackageNotFoundError as error:

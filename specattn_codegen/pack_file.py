@@ -28,9 +28,14 @@ LINE = 160  # characters that a value may take with its indentation before it is
 Plain = dict[str, object]
 
 
+def printable(text: object) -> str:
+    """Without what a terminal would obey: a file's name may be anything, too."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+
+
 def one_line(error: Exception) -> str:
     """An error's text as one printable line, whatever a file put into it."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))[:300]
+    return printable(" ".join(str(error).split()))[:300]
 
 
 def read_plain(path: Path) -> Plain:

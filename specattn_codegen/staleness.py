@@ -69,6 +69,7 @@ def _compiler(backend: Backend) -> str | None:
         return None
 
 
-def _family(compiler: str) -> str:
-    """`triton` of `triton 3.7.1`."""
-    return compiler.split(maxsplit=1)[0] if compiler else ""
+def _family(compiler: str) -> tuple[str, str]:
+    """`triton` of `triton 3.7.1`, and options that are not in a source: of one family only the version differs."""
+    name, _, options = compiler.partition(", options ")
+    return name.split(maxsplit=1)[0] if name else "", options

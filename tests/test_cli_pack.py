@@ -140,6 +140,16 @@ def test_verify_refuses_damage_and_dead_plans_in_a_line_each(run: Run, tmp_path:
     assert (code, out.count("\n"), err.count("\n")) == (2, 1, 4)
 
 
+def test_what_a_terminal_would_obey_is_not_printed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100" / "evil\x1b[31m\nname.json").write_text("{}")
+    shown = [run("verify", tmp_path), run("list", "--packs", tmp_path), run("list", "--json", "--packs", tmp_path)]
+    assert [code for code, _, _ in shown] == [2, 0, 0]
+    assert all("\x1b" not in out + err for _, out, err in shown)
+    assert "evil?[31m?name" in shown[0][2]
+    assert shown[0][2].count("\n") == 1
+
+
 def test_fresh_also_refuses_what_is_stale(run: Run, tmp_path: Path) -> None:
     old = written(tmp_path / "old.json", dataclasses.replace(entry(), source_digest="0" * 20))
     assert run("verify", old)[0] == 0

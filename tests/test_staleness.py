@@ -23,6 +23,7 @@ CASES = {
     "compatible": compiled_by("triton 3.6.0"),
     "stale, another compiler": compiled_by("tilelang 0.1.15"),
     "stale, no compiler noted": compiled_by(""),
+    "stale, other options": compiled_by("triton 3.7.1, options 0123abcd"),
     "stale, another text": dataclasses.replace(entry(), source_digest="0" * 20),
     "stale, another space": dataclasses.replace(entry(SELECT), space_digest="0" * 20),
     "invalid, no such choice": dataclasses.replace(entry(), plan=entry().plan.replace(block_n=48)),

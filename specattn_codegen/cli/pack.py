@@ -121,7 +121,7 @@ def graded(found: Pack) -> dict[str, int]:
 
 
 def say(line: str) -> None:
-    output().print(line, markup=False, soft_wrap=True)
+    output().print(pack_file.printable(line), markup=False, soft_wrap=True)
 
 
 @command.command("list")
@@ -155,8 +155,8 @@ def _row(place: Place, *, today: bool) -> Row:
     """label and today are counts, or a text where nothing can be counted."""
     row: Row = {
         "layer": place.layer,
-        "pack": f"{place.path.parent.name}/{place.path.stem}",
-        "file": str(place.path),
+        "pack": pack_file.printable(f"{place.path.parent.name}/{place.path.stem}"),
+        "file": pack_file.printable(place.path),
     }
     try:
         found = pack.load(place.path)
@@ -351,6 +351,7 @@ def verify(files: tuple[Path, ...], fresh: bool) -> None:
     bad = 0
     for path in checked:
         problem, summary = _examine(path, fresh)
+        summary = pack_file.printable(summary)
         bad += problem
         click.echo(f"{'error: ' if problem else 'ok: '}{summary}", err=problem)
     if not checked:
