@@ -29,7 +29,7 @@ continuation lies far back.
 
 Along held-out text, where the text decides every token and what is counted is the chance that drafts hold; and in what
 the engine generates from the same prompts, greedy and at temperature 0.6, at the usual budget and draft length and the
-middle context. `{EVERYTHING}` selects every key and must lose nothing.
+shortest context. `{EVERYTHING}` selects every key and must lose nothing.
 
 Text is what a checkpoint's {HELD_OUT} names, files of Python's standard library, or any files with --text.
 
@@ -67,7 +67,9 @@ Examples:
 @click.option("--passages", default=3, show_default=True, type=click.IntRange(min=1), help="Of a set and context.")
 @click.option("--rounds", default=16, show_default=True, type=click.IntRange(min=1), help="Along each passage.")
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(min=0), help="Generated; 0 for none.")
-@click.option("--full", is_flag=True, help="Every budget with every draft length, and contexts of 2048 too.")
+@click.option(
+    "--full", is_flag=True, help="Every budget with every draft length, contexts of 2048 too, generated at all."
+)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="CPU threads.")
 @click.option("--seed", default=0, show_default=True, help="Of the passages.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="PATH", help="Write the results here.")
@@ -116,8 +118,8 @@ def command(
     ]
     require_room(found, llama.config.max_positions)
     usual = [case for case in cases if case.budget == usual_budget and case.draft_len == usual_drafts]
-    middle = sorted(contexts)[len(contexts) // 2]
-    summaries = measure(llama, found, cases, cases if full else usual, middle, rounds, new_tokens)
+    prompts = [one for one in found if full or one.context == min(contexts)]
+    summaries = measure(llama, found, cases, prompts, cases if full else usual, rounds, new_tokens)
     answers = acceptance_report.findings(summaries, budget=usual_budget, draft_len=usual_drafts)
     title = f"{model.name}: {passages} passages a set and context, {rounds} rounds each"
     screen = report.screen()
@@ -170,13 +172,12 @@ def measure(
     llama: Llama,
     passages: Sequence[Passage],
     cases: Sequence[Case],
+    prompts: Sequence[Passage],
     generated_cases: Sequence[Case],
-    generated_context: int,
     rounds: int,
     new_tokens: int,
 ) -> list[acceptance_report.Summary]:
     kernels = load_kernels(llama.config.heads)
-    prompts = [one for one in passages if one.context == generated_context]
     steps = len(grouped(cases)) + len({case.series for case in generated_cases}) * bool(new_tokens)
     with report.Bar(steps) as bar:
 
