@@ -21,6 +21,7 @@ from specattn_codegen.digest import canonical_json
 from specattn_codegen.environment import Silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.jobs import render_for
+from specattn_codegen.measure import Mode
 from specattn_codegen.outbox import require_saved
 from specattn_codegen.pack import Entry, Pack
 from specattn_codegen.plan import Backend, Plan
@@ -116,7 +117,9 @@ def processor_here(bundle: Bundle) -> Arch:
     return arch
 
 
-def measure(folder: Path, listener: Listener, budget: Budget, workforce: Workforce) -> list[Entry]:
+def measure(
+    folder: Path, listener: Listener, budget: Budget, workforce: Workforce, mode: Mode = "eager"
+) -> list[Entry]:
     """Times every plan of a bundle on the processor at hand; what an earlier measurement recorded is not timed again.
 
     Raises SpecError for another processor or other templates than the bundle was made with.
@@ -125,7 +128,7 @@ def measure(folder: Path, listener: Listener, budget: Budget, workforce: Workfor
     arch = processor_here(bundle)
     for one in bundle.wanted:
         _require_same_sources(one, arch)
-    target = Target(arch=arch, backend=bundle.backend, is_present=True, page_size=bundle.page_size)
+    target = Target(arch=arch, backend=bundle.backend, is_present=True, page_size=bundle.page_size, mode=mode)
     found: list[Entry] = []
     for heads, group in itertools.groupby(bundle.wanted, key=lambda one: one.spec.heads):
         lists = {one.task: one.plans for one in group}

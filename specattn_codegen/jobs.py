@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from specattn_codegen import build, cost_model, environment, paths
+from specattn_codegen import build, conditions, cost_model, environment, paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.program import whole_program
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.build.store import remembered
 from specattn_codegen.digest import digest
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.measure import device_of, rotating, time_interleaved, timed_calls, timer_for
+from specattn_codegen.measure import Mode, device_of, rotating, time_interleaved, timed_calls, timer_for
 from specattn_codegen.outcome import POISONED, Outcome, Status
 from specattn_codegen.plan import Backend, Plan
 from specattn_codegen.prove import ON_DEVICE, Extent, premises, prove
@@ -148,8 +148,8 @@ class ProveJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureJob:
-    """Builds, proves and times plans on the device at hand; several take turns within one measurement. On a GPU the
-    outcome has the resources of the last plan.
+    """Builds, proves and times plans on the device at hand; several take turns within one measurement. The outcome has
+    the workspace, and on a GPU the resources, of the last plan.
 
     seconds  of timing, for all plans together
     """
@@ -161,6 +161,7 @@ class MeasureJob:
     page_size: int
     seed: int
     seconds: float
+    mode: Mode = "eager"
 
     def run(self) -> Outcome:
         resources: tuple[Resources, ...] = ()
@@ -180,12 +181,23 @@ class MeasureJob:
                     return proof
                 worst = max(worst, proof.worst_error or 0.0)
             calls = _calls(self.spec, self.workload, self.arch, self.page_size, self.seed)
+            watch = conditions.watch(self.arch)
             timings = time_interleaved(
-                rotating(kernels, calls, device), seconds=self.seconds, timer=timer_for(self.arch)
+                rotating(kernels, calls, device, self.mode),
+                seconds=self.seconds,
+                timer=timer_for(self.arch),
+                between=watch.look,
             )
         except launch_errors(self.plans[0].backend) as error:
             return failed_launch(error)
-        return Outcome(status=Status.OK, worst_error=worst, timings=timings, resources=resources)
+        return Outcome(
+            status=Status.OK,
+            worst_error=worst,
+            timings=timings,
+            resources=resources,
+            workspace_bytes=max(map(kernels[-1].workspace_bytes, calls)),
+            conditions=watch.seen(),
+        )
 
 
 def render_for(spec: KernelSpec, plan: Plan, arch: Arch) -> Source:

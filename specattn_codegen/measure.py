@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from specattn_codegen.arch import Arch
@@ -27,19 +30,36 @@ CACHES_FILLED = 2.0  # the data touched between two uses of the same bytes, in l
 MOST_COPIES = 512
 SPIN_CYCLES = 400_000  # some 200 microseconds, longer than a host takes for the launches of a call
 MEMORY_SHARE = 0.25  # of the device's memory that copies may take
-# What a time means: part of a record's identity, to be changed with anything above or below that changes it.
-POLICY = "interleaved blocks, data in turns, median"
+RESAMPLES = 1000  # of the bootstrap
+CONFIDENCE = 0.95
+CONFIDENT_ERRORS = 1.96  # standard errors on either side that hold CONFIDENCE of a normal distribution
+
+# eager: launched one by one, behind a spin on a GPU; graph: as a replay of a CUDA graph.
+Mode = Literal["eager", "graph"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 Launch = Callable[[], object]
 Timer = Callable[[Launch], float]  # microseconds of one launch
 
 
+def policy(mode: Mode) -> str:
+    """What a time means: part of a record's identity, to be changed with anything here that changes it."""
+    how = {"eager": "launched one by one", "graph": "a CUDA graph"}
+    return f"interleaved blocks, data in turns, pinned threads, {how[mode]}, median"
+
+
 def time_interleaved(
-    launches: Sequence[Launch], *, seconds: float, timer: Timer, clock: Callable[[], float] = time.monotonic
+    launches: Sequence[Launch],
+    *,
+    seconds: float,
+    timer: Timer,
+    clock: Callable[[], float] = time.monotonic,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Timing, ...]:
     """One Timing per launch. They take turns in short blocks, so that a machine that slows down slows all of them.
 
     seconds  for all launches together; at least LEAST_CALLS calls of each are made however long they take
+    between  is called when every launch has had its block
     """
     for launch in launches:
         for _ in range(WARM_UP):
@@ -49,26 +69,55 @@ def time_interleaved(
     while len(samples[0]) < LEAST_CALLS or (clock() < end and len(samples[0]) < MOST_CALLS):
         for kept, launch in zip(samples, launches, strict=True):
             kept.extend(timer(launch) for _ in range(BLOCK))
+        between()
     return tuple(map(summary, samples))
 
 
 def summary(samples: Sequence[float]) -> Timing:
+    """Of calls in the order they were made, BLOCK in a row."""
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(median_us=statistics.median(samples), p20_us=fifths[0], p80_us=fifths[3], n=len(samples))
+    median = statistics.median(samples)
+    low, high = median_interval(samples)
+    blocks = [samples[start : start + BLOCK] for start in range(0, len(samples), BLOCK)]
+    halves = [statistics.median(itertools.chain.from_iterable(blocks[turn::2])) for turn in range(min(2, len(blocks)))]
+    return Timing(
+        median_us=median,
+        low_us=low,
+        high_us=high,
+        p20_us=fifths[0],
+        p80_us=fifths[3],
+        n=len(samples),
+        noise_floor=abs(halves[0] - halves[-1]) / median,
+    )
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with CONFIDENCE, by the circular block bootstrap (Politis and Romano, 1992): calls of one
+    block share the machine's mood, so blocks are drawn and not calls."""
+    values = np.asarray(samples)
+    blocks = math.ceil(len(values) / BLOCK)
+    starts = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, blocks, 1))
+    drawn = ((starts + np.arange(BLOCK)) % len(values)).reshape(RESAMPLES, -1)[:, : len(values)]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(values[drawn], axis=1), (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def standard_error_us(timing: Timing) -> float:
-    """Of the median, as for a normal distribution: its 20th and 80th percentile lie 1.683 deviations apart, and its
-    median's error is sqrt(pi / 2) times its mean's."""
-    deviation = (timing.p80_us - timing.p20_us) / 1.683
-    return math.sqrt(math.pi / 2) * deviation / math.sqrt(timing.n)
+    """Of the median, as its interval says."""
+    return (timing.high_us - timing.low_us) / (2 * CONFIDENT_ERRORS)
 
 
-def beats(timing: Timing, other: Timing, *, least_gain: float = 0.01, errors: float = 3.0) -> bool:
-    """Whether a timing is better than another by more than noise, and by enough to matter."""
+def beats(
+    timing: Timing, other: Timing, *, noise_floor: float = 0.0, least_gain: float = 0.01, errors: float = 3.0
+) -> bool:
+    """Whether a timing is better than another by more than noise, and by enough to matter.
+
+    noise_floor  share by which a kernel differs from itself in the same run
+    """
     gain = other.median_us - timing.median_us
     noise = errors * math.hypot(standard_error_us(timing), standard_error_us(other))
-    return gain > noise and gain > least_gain * other.median_us
+    return gain > noise and gain > max(least_gain, noise_floor) * other.median_us
 
 
 def host_timer(launch: Launch) -> float:
@@ -93,16 +142,37 @@ def timer_for(arch: Arch) -> Timer:
     return device_timer if arch.is_gpu else host_timer
 
 
-def rotating(kernels: Sequence[Kernel], calls: Sequence[Call], device: str) -> list[Launch]:
+def rotating(kernels: Sequence[Kernel], calls: Sequence[Call], device: str, mode: Mode = "eager") -> list[Launch]:
     """A launch for each kernel. They take the calls in turns together, so that none finds what the one before it has
     just brought into a cache."""
-    turns = itertools.cycle(calls)
+    turns = itertools.cycle(range(len(calls)))
 
     def rotate(kernel: Kernel) -> Launch:
         workspace = torch.empty(max(map(kernel.workspace_bytes, calls)), dtype=torch.uint8, device=device)
-        return lambda: kernel.launch(next(turns), workspace)
+        launches: list[Launch] = [functools.partial(kernel.launch, call, workspace) for call in calls]
+        if mode == "graph":
+            launches = [captured(launch) for launch in launches]
+
+        def take_turn() -> object:
+            return launches[next(turns)]()
+
+        return take_turn
 
     return [rotate(kernel) for kernel in kernels]
+
+
+def captured(launch: Launch) -> Launch:
+    """The replay of one CUDA graph of what `launch` does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a Triton kernel is machine code only after its first launch
+        launch()
+        launch()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
 
 
 def device_of(arch: Arch) -> str:

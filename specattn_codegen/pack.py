@@ -43,12 +43,13 @@ class Entry:
     chosen_by         measured on a device, or modelled: compiled for it and ranked by the cost model
     proved_by         what showed its results to be right
     latency_us        median of one call; predicted where modelled
-    noise_us          half the distance between the 20th and 80th percentile; 0 where modelled
+    noise_us          half the distance between the 20th and 80th percentile, or the run's noise floor where that is
+                      more; 0 where modelled
     share_of_ceiling  the roofline's time over latency_us
     resources         of the binary; empty on the CPU
     source_digest     of the rendered text that was compiled
     space_digest      of the axes it was found in; empty where nobody noted it
-    policy            how it was timed, in the words of measure.POLICY; empty where nothing was timed or noted
+    policy            how it was timed, in the words of measure.policy; empty where nothing was timed or noted
     unknown           JSON of the fields that only a later version knows, kept for it; empty for none
     """
 

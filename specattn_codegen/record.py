@@ -43,7 +43,7 @@ class Record:
     workload      None where it plays no part, as in compiling
     outcome       what became of it
     page_size     keys per page of the timed cache, where the spec leaves it to the call; 0 where nothing was timed
-    policy        how it was timed, in the words of measure.POLICY; empty where nothing was timed
+    policy        how it was timed, in the words of measure.policy; empty where nothing was timed
     predicted_us  the cost model's time by workload; empty for anything but a compiled plan
     """
 

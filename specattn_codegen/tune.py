@@ -12,7 +12,6 @@ from specattn_codegen import environment, paths, seeds, space
 from specattn_codegen.claims import SEARCHES, Claims
 from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
-from specattn_codegen.measure import POLICY
 from specattn_codegen.outbox import require_saved
 from specattn_codegen.search import Sampler, Search, Strategy, space_of
 from specattn_codegen.shared_study import Share, worker_name
@@ -50,7 +49,7 @@ def study_name(task: Task, target: Target) -> str:
     default = space.default_plan(spec, arch, target.backend)
     source = render_for(spec, default, arch).digest
     axes = space_digest(spec, target.backend)
-    identity = digest(environment.silicon(arch), spec, task.workloads, axes, source, target.page_size, POLICY)
+    identity = digest(environment.silicon(arch), spec, task.workloads, axes, source, target.page_size, target.policy)
     return f"{arch.name} {spec.heads.name} {task.name} {identity}"
 
 

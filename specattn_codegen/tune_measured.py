@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from specattn_codegen import record, space
+from specattn_codegen.build.resources import footprint
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.digest import canonical_json
 from specattn_codegen.jobs import BuildJob
-from specattn_codegen.measure import POLICY, beats
-from specattn_codegen.outcome import Outcome, Status, Timing
+from specattn_codegen.measure import beats
+from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
@@ -153,12 +154,27 @@ def _rematch(task: Task, target: Target, seed: int, timed: Mapping[Plan, Outcome
     }
 
 
-def winner(default: Plan, timings: Mapping[Plan, Timing]) -> Plan:
-    """The fastest plan if it beats the default by more than noise, else the default."""
-    fastest = min(timings, key=lambda plan: (timings[plan].median_us, str(plan)))
-    if default in timings and not beats(timings[fastest], timings[default]):
+def noise_floor(timed: Mapping[Plan, Outcome]) -> float:
+    """Of a run: the most by which a kernel differed from itself."""
+    return max(outcome.timings[0].noise_floor for outcome in timed.values())
+
+
+def winner(default: Plan, timed: Mapping[Plan, Outcome]) -> Plan:
+    """The default, unless the fastest plan beats it beyond noise. Then, of the plans that beat it as well and are not
+    beaten by the fastest, the one that takes least of the processor and of memory, or comes first by its name."""
+    floor = noise_floor(timed)
+
+    def is_beaten(plan: Plan, by: Plan) -> bool:
+        return beats(timed[by].timings[0], timed[plan].timings[0], noise_floor=floor)
+
+    def preference(plan: Plan) -> tuple[tuple[int, int], int, str]:
+        return footprint(timed[plan].resources), timed[plan].workspace_bytes, str(plan)
+
+    fastest = min(timed, key=lambda plan: (_median_us(timed[plan]), str(plan)))
+    if default in timed and not is_beaten(default, by=fastest):
         return default
-    return fastest
+    equals = [plan for plan in timed if not is_beaten(plan, by=fastest)]
+    return min((plan for plan in equals if default not in timed or is_beaten(default, by=plan)), key=preference)
 
 
 def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook: Logbook) -> list[Entry]:
@@ -166,7 +182,7 @@ def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook:
         return []
     (workload,) = task.workloads
     default = space.default_plan(task.spec, target.arch, target.backend)
-    plan = winner(default, {plan: outcome.timings[0] for plan, outcome in timed.items()})
+    plan = winner(default, timed)
     timing = timed[plan].timings[0]
     return [
         Entry(
@@ -176,12 +192,12 @@ def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook:
             chosen_by="measured",
             proved_by="device",
             latency_us=timing.median_us,
-            noise_us=(timing.p80_us - timing.p20_us) / 2,
+            noise_us=max((timing.p80_us - timing.p20_us) / 2, noise_floor(timed) * timing.median_us),
             share_of_ceiling=floor_us(task.spec, workload, target.arch) / timing.median_us,
             resources=timed[plan].resources,
             source_digest=logbook.source_digest(task.spec, plan),
             space_digest=space_digest(task.spec, plan.backend),
-            policy=POLICY,
+            policy=target.policy,
             environment=logbook.environment,
         )
     ]

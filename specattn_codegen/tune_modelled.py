@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 
 from specattn_codegen import cost_model, record, space
-from specattn_codegen.build.resources import Resources
+from specattn_codegen.build.resources import Resources, footprint
 from specattn_codegen.digest import canonical_json
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
@@ -159,15 +159,9 @@ def choose(
         return default
 
     def preference(plan: Plan) -> tuple[float, tuple[int, int], str]:
-        return _typical_us(task, plan, target, compiled[plan]), _footprint(compiled[plan]), str(plan)
+        return _typical_us(task, plan, target, compiled[plan]), footprint(compiled[plan]), str(plan)
 
     return min(equals, key=preference)
-
-
-def _footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:
-    return sum(kernel.smem_bytes for kernel in resources), sum(
-        kernel.registers * kernel.num_warps for kernel in resources
-    )
 
 
 def prove_winners(

@@ -14,10 +14,10 @@ from specattn_codegen import environment, pack, record
 from specattn_codegen.arch import Arch
 from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment
-from specattn_codegen.errors import BuildError
+from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import CompileJob, InterpretJob, MeasureJob, interpreted_twin, render_for
-from specattn_codegen.measure import POLICY
+from specattn_codegen.measure import Mode, policy
 from specattn_codegen.outbox import Outbox
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
@@ -44,12 +44,22 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is tuned for. is_present: the processor is here, so that its kernels are timed rather than modelled."""
+    """What is tuned for. is_present: the processor is here, so that its kernels are timed rather than modelled; mode:
+    how they are launched then."""
 
     arch: Arch
     backend: Backend
     is_present: bool
     page_size: int
+    mode: Mode = "eager"
+
+    def __post_init__(self) -> None:
+        if self.mode == "graph" and not self.arch.is_gpu:
+            raise SpecError(f"--timing graph: {self.arch.name} has no CUDA graphs; use eager")
+
+    @property
+    def policy(self) -> str:
+        return policy(self.mode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,7 @@ def measure_job(
         page_size=target.page_size,
         seed=seed,
         seconds=seconds,
+        mode=target.mode,
     )
 
 
@@ -235,7 +246,7 @@ class Logbook:
             silicon=environment.silicon(self.target.arch),
             environment=self.environment,
             page_size=self.target.page_size if trial.stage == "measure" else 0,
-            policy=POLICY if trial.stage == "measure" else "",
+            policy=self.target.policy if trial.stage == "measure" else "",
             outcome=Outcome(status=Status.INVALID, detail="not tried"),
         )
 

@@ -39,9 +39,9 @@ Workforce = Callable[[Stage], AbstractContextManager[Pool]]
 
 def processes(stage: Stage, size: int | None = None) -> WorkerPool[TuningJob]:
     """One worker to measure, since candidates that share the processor would time each other; else `size`, or one a
-    core."""
+    core. Where it measures on the CPU, each of its threads stays on a core of its own."""
     environment = {
-        "measure": {"TRITON_INTERPRET": None},
+        "measure": {"TRITON_INTERPRET": None, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"},
         "compile": {"TRITON_INTERPRET": None},
         "interpret": {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     }
@@ -106,6 +106,8 @@ class Replay:
             worst_error=max(outcome.worst_error or 0.0 for outcome in outcomes),
             timings=tuple(timing for outcome in outcomes for timing in outcome.timings),
             resources=outcomes[-1].resources,
+            workspace_bytes=outcomes[-1].workspace_bytes,
+            conditions=outcomes[-1].conditions,
         )
 
     def _find(self, stage: Stage, spec: KernelSpec, workload: Workload | None, plan: Plan) -> Outcome:

@@ -27,7 +27,7 @@ from specattn_codegen.calls import select_call
 from specattn_codegen.check import Verdict, expect_attention
 from specattn_codegen.cost_model.floor import Work
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import Timing
+from specattn_codegen.measure import summary
 from specattn_codegen.policy import TopK
 from specattn_codegen.problems import attention_problem, random_scores
 from specattn_codegen.render import render_text
@@ -228,7 +228,7 @@ def test_ratios_are_to_the_fastest_of_the_others() -> None:
             kind="ours" if name == "ours" else "peer",
             work=work,
             scattered=64 if name == "ours" else None,
-            timing=Timing(median_us=time, p20_us=time, p80_us=time, n=9),
+            timing=summary([time] * 9),
         )
         for name, time in times.items()
     ]

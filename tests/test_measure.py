@@ -11,6 +11,7 @@ from specattn_codegen import build, cpu_info, measure, reference, space
 from specattn_codegen.calls import problem_call
 from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.kernel import Call
 from specattn_codegen.measure import Launch
 from specattn_codegen.outcome import Timing
 from specattn_codegen.problems import timing_problem, workload_problem
@@ -55,7 +56,7 @@ def test_medians_and_percentiles_of_what_the_clock_showed() -> None:
     assert first.median_us == 30.0
     assert 10.0 <= first.p20_us <= 20.0
     assert 40.0 <= first.p80_us <= 50.0
-    assert second == Timing(median_us=7.0, p20_us=7.0, p80_us=7.0, n=first.n)
+    assert second == Timing(median_us=7.0, low_us=7.0, high_us=7.0, p20_us=7.0, p80_us=7.0, n=first.n, noise_floor=0.0)
 
 
 def test_kernels_take_turns_in_short_blocks_after_a_warm_up() -> None:
@@ -76,8 +77,24 @@ def test_time_and_patience_end_a_measurement() -> None:
     assert timing.n == measure.MOST_CALLS
 
 
-def timing(median_us: float, spread_us: float, n: int = 30) -> Timing:
-    return Timing(median_us=median_us, p20_us=median_us - spread_us, p80_us=median_us + spread_us, n=n)
+def test_something_is_done_between_rounds_of_blocks_and_never_within_one() -> None:
+    machine = Machine({"a": [1.0], "b": [1.0]})
+    measure.time_interleaved(
+        [machine.launch("a"), machine.launch("b")],
+        seconds=0.0,
+        timer=machine.timer,
+        clock=machine.clock,
+        between=lambda: machine.log.append("between"),
+    )
+    rounds = "".join(machine.log[2 * measure.WARM_UP :]).split("between")
+    assert rounds == ["aaabbb"] * (measure.LEAST_CALLS // measure.BLOCK) + [""]
+
+
+def timing(median_us: float, error_us: float) -> Timing:
+    """Of a kernel whose median is known within a standard error."""
+    half = measure.CONFIDENT_ERRORS * error_us
+    low, high = median_us - half, median_us + half
+    return Timing(median_us=median_us, low_us=low, high_us=high, p20_us=low, p80_us=high, n=30, noise_floor=0.0)
 
 
 @pytest.mark.parametrize(
@@ -86,21 +103,85 @@ def timing(median_us: float, spread_us: float, n: int = 30) -> Timing:
         (timing(90.0, 0.5), timing(100.0, 0.5), True),
         (timing(100.0, 0.5), timing(90.0, 0.5), False),
         (timing(99.5, 0.0), timing(100.0, 0.0), False),  # half a percent matters to nobody
-        (timing(90.0, 40.0), timing(100.0, 40.0), False),  # inside the noise
-        (timing(90.0, 40.0, n=100_000), timing(100.0, 40.0, n=100_000), True),  # noise that was averaged away
+        (timing(90.0, 3.0), timing(100.0, 3.0), False),  # inside the noise: three errors of the difference are 12.7
+        (timing(90.0, 2.0), timing(100.0, 2.0), True),
     ],
 )
 def test_better_means_by_more_than_noise(candidate: Timing, default: Timing, better: bool) -> None:
     assert measure.beats(candidate, default) is better
 
 
-def test_the_standard_error_is_that_of_normal_samples() -> None:
+def test_what_differs_from_itself_beats_nothing_by_less() -> None:
+    assert measure.beats(timing(90.0, 0.5), timing(100.0, 0.5), noise_floor=0.09)
+    assert not measure.beats(timing(90.0, 0.5), timing(100.0, 0.5), noise_floor=0.11)
+
+
+def test_intervals_hold_the_median_of_normal_samples() -> None:
     generator = torch.Generator().manual_seed(0)
-    rounds = torch.randn(2000, 50, generator=generator, dtype=torch.float64) + 100.0
+    rounds = 100.0 + torch.randn(400, 60, generator=generator, dtype=torch.float64)
     summaries = [measure.summary(row.tolist()) for row in rounds]
-    medians = torch.tensor([summary.median_us for summary in summaries], dtype=torch.float64)
+    held = sum(summary.low_us <= 100.0 <= summary.high_us for summary in summaries)
+    assert 0.90 < held / len(summaries) <= 0.98  # 95 %, within four deviations of 400 draws and the method's own bias
     claimed = sum(map(measure.standard_error_us, summaries)) / len(summaries)
-    assert claimed == pytest.approx(medians.std().item(), rel=0.1)
+    deviation = torch.tensor([summary.median_us for summary in summaries]).std().item()
+    assert claimed == pytest.approx(deviation, rel=0.15)
+
+
+def test_calls_of_one_block_that_are_slow_together_count_as_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    moods = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    alone = 100.0 + moods.expand(-1, measure.BLOCK)
+    shuffled = alone.flatten()[torch.randperm(alone.numel(), generator=generator)]
+    together = measure.summary(alone.flatten().tolist())
+    mixed = measure.summary(shuffled.tolist())
+    assert together.median_us == mixed.median_us
+    assert measure.standard_error_us(together) > 1.3 * measure.standard_error_us(mixed)  # the square root of 3 at best
+
+
+def test_the_noise_floor_is_how_far_a_kernel_is_from_itself() -> None:
+    steady = [100.0] * measure.BLOCK
+    assert measure.summary(steady * 4).noise_floor == 0.0
+    lame = [110.0] * measure.BLOCK
+    assert measure.summary((steady + lame) * 3).noise_floor == pytest.approx(10.0 / 105.0)
+
+
+class Kernel:
+    """Keeps what it is asked to launch."""
+
+    spec, plan = VERIFY, space.default_plan(VERIFY, CPU, "cpu")
+
+    def __init__(self) -> None:
+        self.launched: list[int] = []
+
+    def workspace_bytes(self, call: Call) -> int:  # noqa: ARG002
+        return 64
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:
+        assert workspace.numel() == 64
+        self.launched.append(id(call))
+
+
+def test_graphs_are_captured_once_a_call_and_replayed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = workload_problem(VERIFY, Workload(batch=1, q_len=1, kv_len=20), page_size=16, seed=0)
+    calls = [problem_call(VERIFY, turn) for turn in measure.rotated(problem, 3)]
+    kernels, captured = [Kernel(), Kernel()], list[Launch]()
+
+    def capture(launch: Launch) -> Launch:
+        captured.append(launch)
+        return launch
+
+    monkeypatch.setattr(measure, "captured", capture)
+    eager = measure.rotating(kernels, calls, "cpu")
+    assert not captured
+    graphs = measure.rotating(kernels, calls, "cpu", "graph")
+    assert len(captured) == len(kernels) * len(calls)
+    for first, second in (eager, graphs):
+        for launch in (first, second, first, second):
+            launch()
+        assert [kernel.launched for kernel in kernels] == [[id(calls[0]), id(calls[2])], [id(calls[1]), id(calls[0])]]
+        for kernel in kernels:
+            kernel.launched.clear()
+    assert len({measure.policy(mode) for mode in measure.MODES}) == len(measure.MODES)
 
 
 def test_rotated_problems_are_the_same_problem_over_different_pages() -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from specattn_codegen import gpus, record, space
 from specattn_codegen.build.resources import Resources
+from specattn_codegen.conditions import Conditions
 from specattn_codegen.environment import current, silicon
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import Outcome, Status, Timing
+from specattn_codegen.measure import summary
+from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.record import Record
 from specattn_codegen.spec import KernelSpec, Workload
 
@@ -40,7 +42,9 @@ def trial(detail: str = "", status: Status = Status.OK) -> Record:
             status=status,
             detail=detail,
             worst_error=0.25,
-            timings=(Timing(median_us=12.5, p20_us=12.0, p80_us=13.0, n=9),),
+            timings=(summary([12.0, 12.5, 13.0] * 3),),
+            workspace_bytes=4096,
+            conditions=Conditions(clock_mhz=(1200, 1980), slowed_by=("power brake",), other_processes=1),
             resources=(
                 Resources(
                     kernel="attend_splits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def test_a_sweep_of_recorded_trials_finds_the_best() -> None:
     plans = list(space.feasible(SPEC, target().arch, "cpu"))
     trials = recorded(plans)
     (winner,) = tuned(trials, "tpe", len(plans)).found
-    best = min(trials, key=lambda trial: trial.outcome.timings[0].median_us)
-    assert (winner.plan, winner.latency_us) == (best.plan, best.outcome.timings[0].median_us)
+    times = {trial.plan: trial.outcome.timings[0].median_us for trial in trials}
+    assert winner.latency_us == times[winner.plan] <= 1.01 * min(times.values())  # closer is a tie
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -130,7 +131,8 @@ def test_the_command_replays_a_file_and_writes_no_pack(
     monkeypatch.setattr("sys.argv", ["specattn-tune", "--replay", str(path), "--trials", "1000"])
     cli.main()
     shown = capsys.readouterr().out
-    assert f"{SPEC.name} {SIZE.name}: 0.0% above the best recorded plan" in shown
+    (above,) = re.findall(rf"{SPEC.name} {SIZE.name}: (.*)% above the best recorded plan", shown)
+    assert float(above) <= 1.0  # closer is a tie
     assert not (tmp_path / "config").exists()
 
 

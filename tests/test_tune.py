@@ -17,8 +17,8 @@ from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import POLICY
-from specattn_codegen.outcome import Outcome, Status, Timing
+from specattn_codegen.measure import policy, summary
+from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
@@ -79,7 +79,7 @@ def test_the_cpu_is_measured_and_a_second_run_repeats_no_trial(own_cache: Path) 
     saved = pack.load(pack.pack_path(own_cache / "packs", arch, HEADS)).entries
     assert set(saved) == set(watcher.winners)
     for entry in saved:
-        assert (entry.chosen_by, entry.proved_by, entry.policy) == ("measured", "device", POLICY)
+        assert (entry.chosen_by, entry.proved_by, entry.policy) == ("measured", "device", policy("eager"))
         assert entry.share_of_ceiling == pytest.approx(floor_us(entry.spec, entry.workload, arch) / entry.latency_us)
         found = ladder.lookup(entry.spec, entry.workload, arch, [own_cache / "packs"])
         assert found is not None
@@ -130,8 +130,10 @@ def test_no_time_at_all_tunes_nothing_and_writes_nothing(own_cache: Path) -> Non
 DEFAULT, FAST, FASTER = (Plan.of("cpu", radix_bits=bits) for bits in (11, 8, 9))
 
 
-def steady(median_us: float) -> Timing:
-    return Timing(median_us=median_us, p20_us=median_us * 0.999, p80_us=median_us * 1.001, n=50)
+def steady(median_us: float, workspace_bytes: int = 0, resources: tuple[Resources, ...] = ()) -> Outcome:
+    """Timed without any noise."""
+    timings = (summary([median_us] * 12),)
+    return Outcome(status=Status.OK, timings=timings, workspace_bytes=workspace_bytes, resources=resources)
 
 
 def test_the_default_stays_until_it_is_beaten() -> None:
@@ -139,6 +141,32 @@ def test_the_default_stays_until_it_is_beaten() -> None:
     assert winner(DEFAULT, {DEFAULT: steady(100), FAST: steady(90)}) == FAST
     assert winner(DEFAULT, {DEFAULT: steady(100), FAST: steady(90), FASTER: steady(80)}) == FASTER
     assert winner(DEFAULT, {FAST: steady(90)}) == FAST  # a default that failed cannot win
+
+
+def test_ties_go_to_the_plan_that_takes_less_and_then_to_the_first_name() -> None:
+    taken = guess_resources(GPU_VERIFY, space.default_plan(GPU_VERIFY, H100.arch, "triton"), H100.arch)
+    more = tuple(dataclasses.replace(kernel, smem_bytes=kernel.smem_bytes + 1) for kernel in taken)
+    registers = tuple(dataclasses.replace(kernel, registers=kernel.registers + 1) for kernel in taken)
+    default = {DEFAULT: steady(100, resources=taken)}
+    for tied in (
+        {FAST: steady(80.0, resources=more), FASTER: steady(80.5, resources=taken)},
+        {FAST: steady(80.0, resources=registers), FASTER: steady(80.5, resources=taken)},
+        {FAST: steady(80.0, 2048), FASTER: steady(80.5, 1024)},
+    ):
+        assert winner(DEFAULT, {**default, **tied}) == FASTER
+    assert winner(DEFAULT, {**default, FASTER: steady(80.0), FAST: steady(80.5)}) == min(FAST, FASTER, key=str)
+    frugal = {FAST: steady(80.0, 2048), FASTER: steady(82.0, 1024)}
+    assert winner(DEFAULT, {**default, **frugal}) == FAST  # beaten, so no tie
+    # The fastest cannot be told from a plan that cannot be told from the default, which is then no better than that.
+    close = {DEFAULT: steady(100.0), FAST: steady(98.5, 2048), FASTER: steady(99.2, 1024)}
+    assert winner(DEFAULT, close) == FAST
+
+
+def test_a_run_whose_kernels_differ_from_themselves_beats_no_default() -> None:
+    restless = [80.0] * 3 + [90.0] * 3
+    shaken = dataclasses.replace(steady(85), timings=(summary(restless * 200),))
+    assert winner(DEFAULT, {DEFAULT: steady(94), FAST: shaken}) == DEFAULT
+    assert winner(DEFAULT, {DEFAULT: steady(99), FAST: shaken}) == FAST
 
 
 def compiled(*plans: Plan) -> dict[Plan, tuple[Resources, ...]]:

@@ -75,18 +75,7 @@ class Session:
 
     def captured(self, launch: Launch) -> Launch:
         """One CUDA graph of what `launch` does; the launch itself where there is no GPU."""
-        if self.is_rehearsal:
-            return launch
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a Triton kernel is machine code only after its first launch
-            launch()
-            launch()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-        return graph.replay
+        return launch if self.is_rehearsal else measure.captured(launch)
 
     def release(self) -> None:
         """Gives memory that nothing refers to back to the device, so that the next large thing fits."""

@@ -51,9 +51,12 @@ def timing_facts(timing: Timing) -> dict[str, object]:
     return {
         "status": "timed",
         "median_us": round(timing.median_us, 1),
+        "low_us": round(timing.low_us, 1),
+        "high_us": round(timing.high_us, 1),
         "p20_us": round(timing.p20_us, 1),
         "p80_us": round(timing.p80_us, 1),
         "n": timing.n,
+        "noise_floor": round(timing.noise_floor, 4),
     }
 
 

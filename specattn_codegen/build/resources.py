@@ -21,3 +21,11 @@ class Resources:
     smem_bytes: int
     num_warps: int
     binary_bytes: int
+
+
+def footprint(resources: tuple[Resources, ...]) -> tuple[int, int]:
+    """What a plan's kernels take of the processor, to compare plans by: bytes of shared memory, then registers."""
+    return (
+        sum(kernel.smem_bytes for kernel in resources),
+        sum(kernel.registers * kernel.num_warps for kernel in resources),
+    )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specattn_codegen.outcome import Status
+from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.record import Record
 from specattn_codegen.tune_session import Task
@@ -113,6 +113,13 @@ def closing_table(entries: Sequence[Entry]) -> Table:
             entry.chosen_by,
         )
     return table
+
+
+def doubts(outcomes: Sequence[Outcome]) -> list[str]:
+    """What went on while kernels were timed that makes their times doubtful, and how often."""
+    seen = [outcome.conditions for outcome in outcomes if outcome.conditions]
+    troubles = Counter(trouble for conditions in seen for trouble in conditions.troubles)
+    return [f"doubtful: {trouble} during {count} of {len(seen)} timings" for trouble, count in troubles.most_common()]
 
 
 def short_plan(entry: Entry) -> str:

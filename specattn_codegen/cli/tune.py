@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ from rich.console import Console
 from specattn_codegen import gpus, models, pack, paths
 from specattn_codegen.claims import own_device
 from specattn_codegen.cli import console, tune_all_models, tune_bundle
-from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table
+from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_replay import replay
-from specattn_codegen.cli.tune_request import Request, find_budget, options, require_writable
+from specattn_codegen.cli.tune_request import TIMING, Request, find_budget, options, require_writable
 from specattn_codegen.environment import device_name
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.measure import Mode
 from specattn_codegen.search import SAMPLERS, Sampler
 from specattn_codegen.shared_study import storage_at, worker_name
 from specattn_codegen.tune import Method, tune
@@ -60,6 +62,7 @@ takes the next free one. They may join, leave and be killed at any time. optuna-
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True, help="How plans are chosen.")
+@TIMING
 @click.option("--storage", metavar="URL", help="Share the searches, below.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of packs. [the user's own]")
 @click.option("--report", type=click.Path(path_type=Path), metavar="HTML", help="Write a page about the run.")
@@ -75,6 +78,7 @@ def command(
     timeout: float | None,
     seed: int,
     sampler: Sampler,
+    timing: Mode,
     storage: str | None,
     out: Path | None,
     report: Path | None,
@@ -115,7 +119,7 @@ def command(
         count = 0 if shared is None or request.gpu == "cpu" else torch.cuda.device_count()
         if shared is not None and count:
             held.enter_context(own_device(shared, worker_name(), count))
-        target = request.target()
+        target = dataclasses.replace(request.target(), mode=timing)
         budget = find_budget(trials, timeout, seed, is_present=target.is_present)
         tune_all(request, kinds, target, budget, Method(sampler=sampler, storage=shared), folder, report)
 
@@ -161,6 +165,8 @@ def show(screen: Console, progress: TuningProgress, target: Target, packs: list[
     screen.print(closing_table(progress.winners))
     device = device_name(target.arch) if target.is_present else target.arch.name
     for line in closing_lines([path for path in packs if path.exists()], device, progress.winners):
+        screen.print(line, markup=False, soft_wrap=True)
+    for line in doubts([trial.outcome for _, trial in progress.trials]):
         screen.print(line, markup=False, soft_wrap=True)
     if progress.unfinished:
         screen.print(f"stopped early: {progress.unfinished} searches were not finished", markup=False)

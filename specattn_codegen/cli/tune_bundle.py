@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from specattn_codegen import bundle, paths
-from specattn_codegen.cli.progress import TuningProgress, closing_table
+from specattn_codegen.cli.progress import TuningProgress, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune_request import Request, find_budget, options, require_writable
+from specattn_codegen.cli.tune_request import TIMING, Request, find_budget, options, require_writable
+from specattn_codegen.measure import Mode
 from specattn_codegen.workforce import processes
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
@@ -34,8 +35,9 @@ def prepare(folder: Path, plans: int, seed: int, **asked: object) -> None:
 
 @click.command("measure")
 @FOLDER
+@TIMING
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this long; another run goes on from there.")
-def measure(folder: Path, timeout: float | None) -> None:
+def measure(folder: Path, timing: Mode, timeout: float | None) -> None:
     """Build, prove and time a bundle's plans on the processor of this machine. May be stopped and run again."""
     require_writable(paths.cache_dir(), "SPECATTN_CACHE_DIR")
     screen, found = output(), bundle.read(folder)
@@ -44,10 +46,12 @@ def measure(folder: Path, timeout: float | None) -> None:
     progress = TuningProgress(screen, len(found.wanted))
     try:
         with progress:
-            bundle.measure(folder, progress, budget, processes)
+            bundle.measure(folder, progress, budget, processes, timing)
     finally:  # an interrupted measurement shows what it has saved
         if progress.winners:
             screen.print(closing_table(progress.winners))
+        for line in doubts([trial.outcome for _, trial in progress.trials]):
+            click.echo(line)
         if progress.trials and progress.unfinished:
             click.echo(
                 f"stopped early: {progress.unfinished} of {len(found.wanted)} were not finished; the same "

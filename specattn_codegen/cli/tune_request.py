@@ -17,6 +17,7 @@ from specattn_codegen import cpu_info, gpu_detect, gpus, models, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
+from specattn_codegen.measure import MODES
 from specattn_codegen.plan import BACKENDS, Backend
 from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype, Op
 from specattn_codegen.tune import plan_tasks
@@ -38,6 +39,13 @@ OPTIONS = (
     click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page."),
     click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks that share the heads."),
     click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [cpu or triton]"),
+)
+TIMING = click.option(
+    "--timing",
+    type=click.Choice(MODES),
+    default="eager",
+    show_default=True,
+    help="Of a GPU that is here: kernels launched one by one, or replayed from a CUDA graph.",
 )
 
 
