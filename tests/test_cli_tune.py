@@ -116,20 +116,24 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_a_run_ends_with_a_table_and_a_pack_without_control_codes(tmp_path: Path) -> None:
-    process = start(tmp_path, "--op", "select_kv", "--trials", "1")
+    page = tmp_path / "page.html"
+    process = start(tmp_path, "--op", "select_kv", "--trials", "1", "--report", str(page))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert "\x1b" not in out
     path = tmp_path / "cpu" / "q8-kv2-d32.json"
     assert f"pack: {path}" in out
+    assert f"report: {page}" in out
     entries = pack.load(path).entries
     assert len(entries) == 4
+    shown = page.read_text()
     for entry in entries:
         (row,) = [
             line for line in out.splitlines() if f"{entry.spec.name} " in line and f" {entry.workload.name} " in line
         ]
         assert "measured" in row
         assert f"{entry.share_of_ceiling:.0%}" in row
+        assert f"<td>{entry.spec.name}</td><td>{entry.workload.name}</td>" in shown
 
 
 @pytest.mark.parametrize("when", ["while a candidate runs", "after the first winner"])

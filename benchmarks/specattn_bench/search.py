@@ -58,14 +58,15 @@ def command(cases: tuple[str, ...], samplers: tuple[Sampler, ...], trials: int, 
         click.echo(f"{name}: the cost model's first choice is {regret:.1%} above the best")
     if save:
         path = report.saved_path(arch, "search")
-        kept = [one for one in _answers(path) if one["case"] not in {answer["case"] for answer in answers}]
+        asked = {(answer["case"], answer["sampler"]) for answer in answers}
+        kept = [one for one in _answers(path) if (one["case"], one["sampler"]) not in asked]
         rates = {name: getattr(arch, name) for name in cpu_info.RATES}
         found = {"label": "replayed", "rates": rates, "within": WITHIN, "answers": [*kept, *answers]}
         report.write_json(path, {**report.header("search", arch, load), **found})
 
 
 def _answers(path: Path) -> list[dict[str, object]]:
-    """Of an earlier run, which stay for the cases this one has not asked about."""
+    """Of an earlier run, which stay for the cases and samplers this one has not asked about."""
     return json.loads(path.read_text())["answers"] if path.exists() else []
 
 

@@ -11,12 +11,14 @@ import jinja2
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from specattn_codegen import buckets, paths, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import TuningProgress, microseconds, short_plan
 from specattn_codegen.cost_model.floor import least_work
 from specattn_codegen.outcome import Status
+from specattn_codegen.pack import Entry
 from specattn_codegen.record import Record
 from specattn_codegen.tune_session import Target, Task
 from specattn_codegen.workloads import default_workloads
@@ -24,6 +26,7 @@ from specattn_codegen.workloads import default_workloads
 WIDTH = 9.5  # inches
 MOST_PANELS = 12  # searches that are drawn
 FAST, SLOW, BEST = "#1f6f8b", "#c9d3dc", "#d1495b"
+BACKED = {"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.75}  # of words over lines
 
 
 def write_report(path: Path, target: Target, progress: TuningProgress) -> None:
@@ -40,7 +43,7 @@ def write_report(path: Path, target: Target, progress: TuningProgress) -> None:
                 "kernel": entry.spec.name,
                 "size": entry.workload.name,
                 "plan": short_plan(entry),
-                "time": microseconds(entry.latency_us),
+                "time": _time(entry),
                 "share": f"{entry.share_of_ceiling:.0%}",
                 "known_by": f"{entry.chosen_by}, proved by {entry.proved_by}",
             }
@@ -53,6 +56,12 @@ def write_report(path: Path, target: Target, progress: TuningProgress) -> None:
         ],
     )
     path.write_text(text)
+
+
+def _time(entry: Entry) -> str:
+    """With its noise where it was measured."""
+    noise = f" ± {entry.noise_us / entry.latency_us:.1%}" if entry.chosen_by == "measured" else ""
+    return microseconds(entry.latency_us) + noise
 
 
 def _example(trials: Sequence[tuple[Task, Record]], status: str) -> str:
@@ -130,6 +139,10 @@ def _history(searches: dict[Task, list[Record]]) -> Figure:
             panel.axvline(trial, ymin=0.94, color="#444")
         panel.set_title(task.name, fontsize=8)
         panel.set_yscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_major_formatter(plain)
+        panel.yaxis.set_minor_formatter(plain)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("trial", fontsize=7)
         panel.set_ylabel("microseconds", fontsize=7)
         panel.tick_params(labelsize=6, which="both")
@@ -152,12 +165,15 @@ def _parallel(searches: dict[Task, list[Record]], target: Target) -> Figure:
                 color=BEST if is_best else FAST,
                 alpha=1.0 if is_best else 0.1 + 0.6 * rank / len(timed),
                 linewidth=2.0 if is_best else 1.0,
+                marker="o",
+                markersize=2.5,
             )
         for index, axis in enumerate(axes):
             for position, value in enumerate(axis.values):
-                panel.text(index, position / (len(axis.values) - 1), str(value), fontsize=6, ha="center", va="bottom")
+                height = position / (len(axis.values) - 1)
+                panel.text(index + 0.06, height, str(value), fontsize=6, va="center", bbox=BACKED)
         panel.set_xticks(range(len(axes)), [axis.name for axis in axes], fontsize=6, rotation=20)
-        panel.set_xlim(-0.4, len(axes) - 0.6)
+        panel.set_xlim(-0.3, len(axes) - 0.4)
         panel.set_ylim(-0.1, 1.15)
         panel.set_yticks([])
         panel.set_title(task.name, fontsize=8)
