@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specattn_bench import cli, throughput_report
+from specattn_bench import cli, throughput, throughput_report
 from specattn_bench.throughput_measured import Case, Decoding, Played, Step, decodings, law_of, play_in_turns
 from specattn_bench.throughput_models import Prompts, Subject, drawn_prompts, prefilled
 from specattn_bench.throughput_peer import PlainGenerate, in_transformers
@@ -111,6 +111,14 @@ def test_bad_options_are_one_clear_line(
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert says in shown.err
+
+
+def test_no_checkpoint_at_all_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(throughput, "ASSETS", tmp_path)
+    assert run(monkeypatch) == 2
+    assert f"--model: {tmp_path} has no checkpoints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("accepted", [0.0, 1.3, 5.2, 6.0])

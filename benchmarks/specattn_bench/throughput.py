@@ -165,6 +165,8 @@ def command(
     trained = models or (() if drawn else tuple(sorted(ASSETS.glob("tiny-bytes-*"))))
     subjects = [Subject(folder=folder, drawn=False) for folder in trained]
     subjects += [Subject(folder=folder, drawn=True) for folder in drawn]
+    if not subjects:
+        raise SpecError(f"--model: {ASSETS} has no checkpoints; name the folder of one")
     for subject in subjects:
         asked.contexts_of(subject, read_config(subject.folder))
     if threads is not None:

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.heads}, {self.dtype}, {self.batch} x {self.context}"
+        return f"{self.model}, {self.dtype}, {self.batch} x {self.context}"
 
     def facts(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("model", "heads", "dtype", "batch", "context")}

@@ -237,7 +237,7 @@ def cells(standing: Standing) -> tuple[str, ...]:
     return (
         tables.timing_cells(line.round)[0],
         "" if standing.overhead is None else f"{standing.overhead:.1%}",
-        "  ".join(f"{100 * line.phases[name] / line.seconds:4.1f}" for name in PHASES if name in line.phases),
+        " ".join(f"{100 * line.phases[name] / line.seconds:2.0f}" for name in PHASES if name in line.phases),
         f"{line.tokens:.2f}",
         f"{line.rate:.1f}",
         *(_times(ratio) for ratio in (standing.times_dense, standing.formula, standing.perfect)),

@@ -44,7 +44,8 @@ DTYPES = {
 PRESET_LINES = "\n".join(f"  {preset.name:<13} {preset.summary}" for preset in PRESETS.values())
 HELP = f"""Decode with a Hugging Face Llama: draft with few keys, verify with all, lose nothing.
 
-Greedy text is that of dense decoding, token for token; with --temperature above 0 it has dense decoding's distribution.
+Greedy text is that of dense decoding, token for token, but where rounding decides between two tokens: --compare-dense
+names the first that differs and its margin. With --temperature above 0 it has dense decoding's distribution.
 Prints the texts, then tokens a second, the drafts accepted per round, and the passes over the full KV cache beside the
 number of tokens. Without a tokenizer.json a token is a byte, and nothing but --max-new-tokens ends the text.
 
