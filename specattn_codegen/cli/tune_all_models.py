@@ -42,9 +42,9 @@ def heads_by_use(names: Sequence[str]) -> list[HeadConfig]:
     return [heads for heads, _ in uses.most_common()]
 
 
-def gap(heads: HeadConfig, gpu: str, out: Path) -> Gap:
-    """Raises PackError for a pack that must not be added to."""
-    asked = Request(
+def usual_request(gpu: str) -> Request:
+    """What `specattn-tune` is asked for by `--gpu` alone."""
+    return Request(
         model=None,
         heads=None,
         gpu=gpu,
@@ -55,7 +55,10 @@ def gap(heads: HeadConfig, gpu: str, out: Path) -> Gap:
         tp=1,
         backend=None,
     )
-    target = asked.target()
+
+
+def gap(heads: HeadConfig, asked: Request, target: Target, out: Path) -> Gap:
+    """Raises PackError for a pack that must not be added to."""
     entries = pack.existing(out, target.arch, heads).entries
     fresh = {
         pack.slot(entry.spec, entry.workload)
@@ -71,7 +74,15 @@ def gap(heads: HeadConfig, gpu: str, out: Path) -> Gap:
 
 
 @click.command("all-models")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", default=SHIPPED_GPUS, show_default=True)
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME",
+    default=SHIPPED_GPUS,
+    show_default=True,
+    help="Only for this one, or for cpu; may be repeated.",
+)
 @click.option("--model", "chosen", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of packs. [the user's own]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile, or prove, at a time. [one a core]")
@@ -97,8 +108,13 @@ def all_models(
     """
     folder = require_writable(out or paths.user_packs_dir(), "--out")
     screen = output()
-    wanted = [(heads, gpu) for heads in heads_by_use(chosen or models.names()) for gpu in gpus]
-    gaps = [found for heads, gpu in wanted if (found := gap(heads, gpu, folder)).tasks]
+    targets = [(asked, asked.target()) for asked in map(usual_request, gpus)]
+    wanted = [
+        gap(heads, asked, target, folder)
+        for heads in heads_by_use(chosen or models.names())
+        for asked, target in targets
+    ]
+    gaps = [one for one in wanted if one.tasks]
     screen.print(f"{len(wanted) - len(gaps)} of {len(wanted)} packs are complete", markup=False)
     if dry_run:
         for one in gaps:
