@@ -45,9 +45,16 @@ SCORES = [
 ]
 
 
-def kernel_for(spec: KernelSpec, target: str | None = None, changes: dict[str, Setting] | None = None) -> cpu.CpuKernel:
+def kernel_for(
+    spec: KernelSpec,
+    target: str | None = None,
+    changes: dict[str, Setting] | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> cpu.CpuKernel:
     arch = dataclasses.replace(cpu_info.detect(measure=False), target=target or cpu_info.instruction_set())
     plan = space.default_plan(spec, arch, "cpu").replace(**(changes or {}))
+    plan = space.batch_invariant(plan) if batch_invariant else plan
     assert space.why_invalid(plan, spec, arch) is None
     return cpu.load(render(spec, plan, build.target_for(plan, arch)))
 

@@ -435,7 +435,8 @@ def load_kernels(
     kv_dtype         of the KV cache where it differs: torch.float8_e4m3fn or torch.float8_e5m2
     page_size        keys per page of the cache
     strict           a missing pack entry raises SpecError instead of falling back to the default plan
-    batch_invariant  a row's result does not depend on what else is in the batch, on the bounds or on the threads
+    batch_invariant  a row's result does not depend on what else is in the batch, on the bounds or on the threads,
+                     nor, on the CPU, on how many rows its request verifies
     keep_scratch     keep scratch memory between calls; False allocates it anew, for several threads or streams
     packs            folders of packs, or single packs, looked up before all others
     frozen           a process that has read its packs does not see later changes; SPECATTN_FROZEN=1 says so for all

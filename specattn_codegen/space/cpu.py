@@ -55,14 +55,14 @@ def _has_bfloat16_products(spec: KernelSpec) -> bool:
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     if spec.op == "select_kv":
         return Plan.of("cpu", sampled=1024)
-    product, key_tile = "fma", 64 if _has_a_selection_per_head(spec) else 32  # whose tiles are fetched at once
+    product = "fma"
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
-        product, key_tile = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16", 64
+        product = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16"
     whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",
         product=product,
-        key_tile=key_tile,
+        key_tile=64,
         split_keys=1024,
         heads_per_task="all" if whole_layer else "one",
         prefetch="next_tile",
@@ -80,8 +80,12 @@ def _smallest_dump(spec: KernelSpec, product: str) -> str:
 
 
 def batch_invariant(plan: Plan) -> Plan:
-    """The plan itself: splits always have a fixed length here."""
-    return plan
+    """Splits always have a fixed length here, but product=bf16 adds up the logits of few rows in another order than
+    those of many: product=fma gives a row the same bits whatever rows come with it."""
+    if plan.as_dict().get("product") != "bf16":
+        return plan
+    dump = {"score_dump": "float16"} if "score_dump" in plan.as_dict() else {}
+    return plan.replace(product="fma", **dump)
 
 
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
