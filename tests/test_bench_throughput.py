@@ -65,6 +65,9 @@ def test_a_checkpoint_is_timed_beside_dense_steps_and_generate(monkeypatch: pyte
         assert one["margins_where_requests_part_from_dense"] == []
         assert one["compared_tokens"] >= 2 * 3 * 7
     for one in (vegas, streaming):
+        by_text = one["tokens_per_round_by_text"]
+        assert list(by_text) == ["plain", "long-range"]
+        assert min(by_text.values()) - 1e-3 < one["tokens_per_round"] < max(by_text.values()) + 1e-3
         costs = sum(one[f"{part}_us"] for part in ("draft", "verify", "select"))
         assert one["times_dense_if_all_drafts_held"] == pytest.approx(3 * dense["median_us"] / costs, rel=1e-2)
         by_formula = one["times_dense_if_all_drafts_held"] * one["tokens_per_round"] / 3
@@ -157,7 +160,7 @@ def test_generate_goes_on_from_prefilled_prompts_as_dense_steps_do() -> None:
     llama = subject.llama("float32")
     kernels = ReferenceKernels(llama.heads)
     texts = [list(TEXT[start : start + 90]) for start in (0, 40)]
-    prompts = prefilled(llama, kernels, texts)
+    prompts = prefilled(llama, kernels, texts, ["plain", "plain"])
     (dense,) = contenders_of(llama, prompts, DENSE)
     ours = dense.play([0, 1]).results
     theirs = PlainGenerate(model=in_transformers(subject, "float32"), prompts=prompts).play([0, 1])
@@ -173,7 +176,7 @@ class Counting:
 
     def play(self, chosen: list[int], steps: int | None = None) -> Played:
         self._log.append((self.name, tuple(chosen), steps))
-        return Played(steps=[], results=[])
+        return Played(steps=[], kinds=[], results=[])
 
 
 def test_contenders_take_turns_over_the_prompts() -> None:
@@ -193,14 +196,16 @@ def result_of(tokens: str, margin: float = 0.5) -> RequestResult:
 
 
 def test_texts_are_compared_as_far_as_both_go() -> None:
-    dense = [Played(steps=[], results=[result_of("abcd", 0.25), result_of("abcd")])]
-    found = throughput_report.parted([Played(steps=[], results=[result_of("abXdef"), result_of("ab")])], dense)
+    dense = [Played(steps=[], kinds=["a", "b"], results=[result_of("abcd", 0.25), result_of("abcd")])]
+    found = throughput_report.parted(
+        [Played(steps=[], kinds=["a", "b"], results=[result_of("abXdef"), result_of("ab")])], dense
+    )
     assert (found.tokens, found.requests, found.margins) == (4 + 2, 2, [0.25])
 
 
 def line(series: str, draft_len: int, tokens: float, seconds: float, **phases: float) -> Line:
     steps = [Step(seconds=seconds, tokens=tokens, phases=phases)] * 3
-    return line_of(CASE, series, draft_len, [Played(steps=steps, results=[])], None)
+    return line_of(CASE, series, draft_len, [Played(steps=steps, kinds=[], results=[])], None)
 
 
 def test_the_cost_formula() -> None:
@@ -229,3 +234,10 @@ def test_the_cost_formula() -> None:
     assert vegas.best_len == speeds.index(max(speeds)) + 1 > 6
     assert vegas.best == pytest.approx(max(speeds))
     assert (found[0].formula, found[0].overhead, found[3].times_dense) == (None, None, pytest.approx(0.2))
+
+
+def test_tokens_are_told_apart_by_kind_of_text() -> None:
+    accepted = [(2, 3), (0, 1), (6, 6)]
+    results = [RequestResult(tokens=(1,), margins=(0.1,), accepted=each, drafted=(6, 6)) for each in accepted]
+    turn = Played(steps=[], kinds=["plain", "long-range", "plain"], results=results)
+    assert throughput_report.tokens_by_kind([turn, turn]) == {"plain": 5.25, "long-range": 1.5}

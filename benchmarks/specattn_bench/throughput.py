@@ -97,7 +97,7 @@ class Asked:
     "models",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Checkpoint; may be repeated.  [default: all of tests/assets]",
+    help="Checkpoint; may be repeated.  [default: those of tests/assets with 8K positions]",
 )
 @click.option("--drawn", multiple=True, type=click.Path(path_type=Path), help="A folder's shape, weights from a seed.")
 @click.option("--accepted", type=float, help="Drafts that hold, a round: let so many, whatever they say.")
@@ -162,7 +162,7 @@ def command(
         texts=texts,
         seconds=seconds,
     )
-    trained = models or (() if drawn else tuple(sorted(ASSETS.glob("tiny-bytes-*"))))
+    trained = models or (() if drawn else tuple(sorted(ASSETS.glob("tiny-bytes-8k*"))))
     subjects = [Subject(folder=folder, drawn=False) for folder in trained]
     subjects += [Subject(folder=folder, drawn=True) for folder in drawn]
     if not subjects:
@@ -240,11 +240,11 @@ def _prompts(subject: Subject, llama: Llama, kernels: AttentionKernels, texts: S
         return drawn_prompts(llama, context)
     codec = codec_of(subject.folder, llama.config)
     source = Texts(corpus=corpus_of(subject.folder, texts), codec=codec, seed=SEED)
-    found = [one.prompt for text_set in SETS for one in source.passages(text_set, context, 0, PASSAGES)]
-    shortest = min(map(len, found))
+    found = [one for text_set in SETS for one in source.passages(text_set, context, 0, PASSAGES)]
+    shortest = min(len(one.prompt) for one in found)
     if shortest < context:
         raise SpecError(f"--context {context}: a passage has {shortest} tokens; use at most so many")
-    return prefilled(llama, kernels, found)
+    return prefilled(llama, kernels, [one.prompt for one in found], [one.text_set for one in found])
 
 
 def _measure_case(case: Case, contenders: Sequence[Contender], asked: Asked, prompts: Prompts) -> list[Line]:

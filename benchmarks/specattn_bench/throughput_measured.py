@@ -58,9 +58,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """One turn of a contender: its steps, and what each request got, its first token included."""
+    """One turn of a contender: its steps, what kind of text each request continued, and what it got, its first token
+    included."""
 
     steps: list[Step]
+    kinds: list[str]
     results: list[RequestResult]
 
 
@@ -167,7 +169,8 @@ class Decoding:
         for _ in range(self.steps if steps is None else steps):
             step, view = self._step(requests, view)
             found.append(step)
-        return Played(steps=found, results=[request.result() for request in requests])
+        kinds = [self.prompts.kinds[prompt] for prompt in chosen]
+        return Played(steps=found, kinds=kinds, results=[request.result() for request in requests])
 
     def _step(self, requests: Sequence[Request], view: DraftView | None) -> tuple[Step, DraftView | None]:
         self.decoder.stopwatch.restart()

@@ -48,15 +48,16 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Prompts of equally many tokens, and the keys and values of each, [layers, tokens, Hkv, D]."""
+    """Prompts of equally many tokens, what kind of text each is, and its keys and values [layers, tokens, Hkv, D]."""
 
+    kinds: Sequence[str]
     tokens: Sequence[Sequence[int]]
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
 
 
 @torch.inference_mode()
-def prefilled(llama: Llama, kernels: AttentionKernels, texts: Sequence[Sequence[int]]) -> Prompts:
+def prefilled(llama: Llama, kernels: AttentionKernels, texts: Sequence[Sequence[int]], kinds: Sequence[str]) -> Prompts:
     """Texts of equally many tokens, through the model."""
     length = len(texts[0])
     pages = -(-length // PAGE_SIZE)
@@ -71,7 +72,8 @@ def prefilled(llama: Llama, kernels: AttentionKernels, texts: Sequence[Sequence[
         order = cache.page_table[0].long()
         keys, values = (pool[:, order].flatten(1, 2)[:, :length] for pool in (cache.keys, cache.values))
         found.append((keys, values))
-    return Prompts(tokens=texts, keys=[keys for keys, _ in found], values=[values for _, values in found])
+    keys, values = ([pair[part] for pair in found] for part in (0, 1))
+    return Prompts(kinds=kinds, tokens=texts, keys=keys, values=values)
 
 
 def drawn_prompts(llama: Llama, length: int) -> Prompts:
@@ -84,4 +86,5 @@ def drawn_prompts(llama: Llama, length: int) -> Prompts:
         return [torch.randn(shape, generator=generator).to(llama.dtype) for _ in range(DRAWN_PROMPTS)]
 
     tokens = torch.randint(llama.vocab_size, (DRAWN_PROMPTS, length), generator=generator).tolist()
-    return Prompts(tokens=tokens, keys=drawn(heads.head_dim), values=drawn(heads.v_head_dim))
+    kinds = ["drawn"] * DRAWN_PROMPTS
+    return Prompts(kinds=kinds, tokens=tokens, keys=drawn(heads.head_dim), values=drawn(heads.v_head_dim))

@@ -67,7 +67,7 @@ class PlainGenerate:
         unknown = (0.0,) * (steps + 1)
         texts = found[:, tokens.shape[1] :].tolist()
         results = [RequestResult(tokens=tuple(text), margins=unknown, accepted=(), drafted=()) for text in texts]
-        return Played(steps=given, results=results)
+        return Played(steps=given, kinds=[self.prompts.kinds[prompt] for prompt in chosen], results=results)
 
     def _cached(self, chosen: Sequence[int]) -> DynamicCache:
         """Everything but the last token's."""

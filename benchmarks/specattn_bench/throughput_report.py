@@ -48,14 +48,20 @@ class Parted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One series of a case. round: of a step; tokens: it gives a request, mean; phases: seconds, medians, of presets;
-    parted: None where acceptance was given, and texts mean nothing."""
+    """One series of a case.
+
+    round           of a step
+    tokens          it gives a request, mean; tokens_of, of the requests that continue one kind of text
+    phases          seconds, medians, of presets
+    parted          None where acceptance was given, and texts mean nothing
+    """
 
     case: Case
     series: str
     draft_len: int
     round: Timing
     tokens: float
+    tokens_of: Mapping[str, float]
     phases: Mapping[str, float]
     parted: Parted | None
 
@@ -102,9 +108,19 @@ def line_of(case: Case, series: str, draft_len: int, played: Sequence[Played], d
         draft_len=draft_len,
         round=summary([step.seconds * 1e6 for step in steps]),
         tokens=statistics.mean(step.tokens for step in steps),
+        tokens_of=tokens_by_kind(played) if draft_len else {},
         phases=phases,
         parted=None if dense is None else parted(played, dense),
     )
+
+
+def tokens_by_kind(played: Sequence[Played]) -> dict[str, float]:
+    """Tokens a round of the requests that continue each kind of text."""
+    rounds: dict[str, list[int]] = {}
+    for turn in played:
+        for kind, one in zip(turn.kinds, turn.results, strict=True):
+            rounds.setdefault(kind, []).extend(count + 1 for count in one.accepted)
+    return {kind: statistics.mean(tokens) for kind, tokens in rounds.items()}
 
 
 def parted(played: Sequence[Played], dense: Sequence[Played]) -> Parted:
@@ -182,6 +198,7 @@ def result(standing: Standing) -> dict[str, object]:
     facts |= {
         "draft_len": line.draft_len,
         "tokens_per_round": round(line.tokens, 4),
+        "tokens_per_round_by_text": {kind: round(tokens, 4) for kind, tokens in line.tokens_of.items()},
         "tokens_per_second": round(line.rate, 2),
         "times_dense": tables.rounded(standing.times_dense),
         "times_dense_by_formula": tables.rounded(standing.formula),
@@ -209,7 +226,20 @@ def show(found: Sequence[Standing], title: str, screen: Console) -> None:
             table.add_row(f"  {one.line.series}", *cells(one))
         table.add_section()
     screen.print(table)
-    tables.print_lines(screen, [*texts_lines(found), *LEGEND])
+    tables.print_lines(screen, [*kinds_lines(found), *texts_lines(found), *LEGEND])
+
+
+def kinds_lines(found: Sequence[Standing]) -> list[str]:
+    """Tokens a round by kind of text, where there are several, and the speed that a batch of that text alone has."""
+    return [
+        f"{one.line.case.name}, {one.line.series}: "
+        + ", ".join(
+            f"{kind} {tokens:.2f} tokens, {one.times_dense * tokens / one.line.tokens:.2f} x dense"
+            for kind, tokens in one.line.tokens_of.items()
+        )
+        for one in found
+        if len(one.line.tokens_of) > 1 and one.times_dense is not None
+    ]
 
 
 def texts_lines(found: Sequence[Standing]) -> list[str]:
