@@ -51,6 +51,7 @@ CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
         ),
         {},
     ),
+    "select_kv": (KernelSpec(op="select_kv", heads=HEADS, selection="kv_head"), {}),
     "verify_attention_logits": (
         dataclasses.replace(
             _verify(ScoreSpec(rows="ends", value="logit")), heads=dataclasses.replace(HEADS, window=4096)

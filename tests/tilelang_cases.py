@@ -50,7 +50,9 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
 
 
 def twin(spec: KernelSpec, **changes: Setting) -> AttentionKernel:
-    return tilelang_twin.load(render(spec, plan_for(spec, **changes), "tilelang"), num_sms=SMS)
+    kernel = tilelang_twin.load(render(spec, plan_for(spec, **changes), "tilelang"), num_sms=SMS)
+    assert isinstance(kernel, AttentionKernel)
+    return kernel
 
 
 def run(kernel: AttentionKernel, problem: AttentionProblem) -> AttentionCall:

@@ -13,7 +13,12 @@ import torch
 from specattn_codegen.errors import BuildError
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute of cuda.h
-SCALARS: Mapping[str, type[Any]] = {"int": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+SCALARS: Mapping[str, type[Any]] = {
+    "int": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
 
 
 @functools.cache

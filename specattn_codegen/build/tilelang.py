@@ -15,6 +15,7 @@ import torch
 from specattn_codegen import gpu_detect
 from specattn_codegen.build import cubin
 from specattn_codegen.build.module import import_source
+from specattn_codegen.build.selection import launch_arguments, selection_call, workspace_arguments
 from specattn_codegen.errors import BuildError
 from specattn_codegen.kernel import AttentionCall, Call
 from specattn_codegen.plan import Plan
@@ -69,20 +70,46 @@ def _attention_call(spec: KernelSpec, call: Call) -> AttentionCall:
     return call
 
 
-def load(source: Source) -> AttentionKernel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectKernel:
+    """select_kv, for rows with or without a layer axis; its fields are those of an AttentionKernel."""
+
+    spec: KernelSpec
+    plan: Plan
+    module: ModuleType
+    functions: Callable[[int], Functions]
+    num_sms: int
+
+    def workspace_bytes(self, call: Call) -> int:
+        return self.module.workspace_bytes(**workspace_arguments(selection_call(call)), num_sms=self.num_sms)
+
+    def launch(self, call: Call, workspace: torch.Tensor) -> None:
+        arguments = launch_arguments(selection_call(call))
+        self.module.launch(**arguments, functions=self.functions, workspace=workspace, num_sms=self.num_sms)
+
+
+def adapt(source: Source, functions: Callable[[int], Functions], num_sms: int) -> AttentionKernel | SelectKernel:
+    """The kernel that launches some compiled functions as the rendered file says."""
+    spec, plan, module = source.spec, source.plan, import_source(source)
+    if spec.op == "select_kv":
+        return SelectKernel(spec=spec, plan=plan, module=module, functions=functions, num_sms=num_sms)
+    return AttentionKernel(
+        spec=spec,
+        plan=plan,
+        module=module,
+        arguments=tuple(inspect.signature(module.launch).parameters),
+        functions=functions,
+        num_sms=num_sms,
+    )
+
+
+def load(source: Source) -> AttentionKernel | SelectKernel:
     """A kernel for the NVIDIA GPU at hand. Raises BuildError where there is none, or no TileLang or nvcc."""
     if not torch.cuda.is_available():
         raise BuildError("TileLang kernels need an NVIDIA GPU and this process sees none; use --backend cpu")
     require_installed()
-    module = import_source(source)
-    return AttentionKernel(
-        spec=source.spec,
-        plan=source.plan,
-        module=module,
-        arguments=tuple(inspect.signature(module.launch).parameters),
-        functions=functools.cache(functools.partial(_loaded, source)),
-        num_sms=torch.cuda.get_device_properties(0).multi_processor_count,
-    )
+    functions = functools.cache(functools.partial(_loaded, source))
+    return adapt(source, functions, torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def _loaded(source: Source, vector: int) -> Functions:

@@ -77,9 +77,29 @@ def _c_dialect() -> SimpleNamespace:
     def gemm(a: Any, b: Any, c: Any, *, policy: GemmWarpPolicy, **options: Any) -> Any:  # noqa: ARG001
         return cpu_language.gemm(a, b, c, **options)
 
+    def atomic_add(place: Any, value: Any) -> Any:
+        return names["buffer_store"](place.buffer, place + value, place.indices)
+
+    def sync_threads() -> None:
+        """One thread waits for nobody."""
+
     memory = {"alloc_shared": cpu_language.alloc_local, "alloc_fragment": cpu_language.alloc_local}
     loops = {"Kernel": kernel, "Pipelined": pipelined, "Parallel": names["grid"]}
-    return SimpleNamespace(**{**names, **memory, **loops, "gemm": gemm, "GemmWarpPolicy": GemmWarpPolicy})
+    threads = {"atomic_add": atomic_add, "cumsum": _running_sums, "sync_threads": sync_threads}
+    return SimpleNamespace(**{**names, **memory, **loops, **threads, "gemm": gemm, "GemmWarpPolicy": GemmWarpPolicy})
+
+
+@cpu_language.macro
+def _running_sums(array: Any, dim: int, reverse: bool = False) -> None:
+    """T.cumsum in place, along the last dimension."""
+    length = array.shape[dim]
+    for row in cpu_language.serial(array.shape[0] if dim else 1):
+        for n in cpu_language.serial(1, length):
+            place, before = (length - 1 - n, length - n) if reverse else (n, n - 1)
+            if dim:
+                array[row, place] += array[row, before]
+            else:
+                array[place] += array[before]
 
 
 def _lower(source: Source, dialect: Any, context: Any, options: dict[str, Any], vector: int) -> tuple[Lowered, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ import triton
 from triton import knobs
 
 from specattn_codegen.build.module import import_source
+from specattn_codegen.build.selection import launch_arguments, selection_call, workspace_arguments
 from specattn_codegen.errors import BuildError, SpecError
-from specattn_codegen.kernel import AttentionCall, Call, SelectCall
+from specattn_codegen.kernel import AttentionCall, Call
 from specattn_codegen.plan import Plan
-from specattn_codegen.policy import policy_numbers
 from specattn_codegen.render import Source
 from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT, merges_last
 from specattn_codegen.spec import KernelSpec
@@ -106,45 +105,12 @@ class SelectKernel:
     module: ModuleType
 
     def workspace_bytes(self, call: Call) -> int:
-        layers, batch, score_rows, columns = _select_call(call).shape
-        sms = num_sms(_select_call(call).scores.device)
-        return self.module.workspace_bytes(
-            rows=layers * batch * score_rows,
-            columns=columns,
-            row_width=_select_call(call).row_width,
-            united=_select_call(call).union,
-            num_sms=sms,
-        )
+        call = selection_call(call)
+        return self.module.workspace_bytes(**workspace_arguments(call), num_sms=num_sms(call.device))
 
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
-        call = _select_call(call)
-        layered = call.scores.dim() == 4
-        scores, thresholds = call.scores, call.thresholds
-        self.module.launch(
-            scores=scores if layered else scores[None],
-            prefix_lens=call.prefix_lens,
-            thresholds=thresholds if layered or thresholds is None else thresholds[None],
-            histogram=call.histogram,
-            page_table=call.page_table,
-            indices=call.indices,
-            counts=call.counts,
-            slots=call.slots,
-            workspace=workspace,
-            block=call.block,
-            sink=call.sink,
-            recent=call.recent,
-            slots_per_page=call.slots_per_page,
-            row_width=call.row_width,
-            united=call.union,
-            **dataclasses.asdict(policy_numbers(call.policy)),
-            num_sms=num_sms(scores.device),
-        )
-
-
-def _select_call(call: Call) -> SelectCall:
-    if not isinstance(call, SelectCall):
-        raise TypeError("select_kv takes a SelectCall")
-    return call
+        call = selection_call(call)
+        self.module.launch(**launch_arguments(call), workspace=workspace, num_sms=num_sms(call.device))
 
 
 def load(source: Source) -> AttentionKernel | SelectKernel:

@@ -11,13 +11,17 @@ from specattn_codegen.plan import Plan
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
-SERVED = ("verify_attention", "sparse_attention", "mixed_attention")
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
 USABLE_REGISTERS = 112  # of 255 a thread; with more, binaries were seen to spill: addresses and operands take the rest
 WARP_ROWS = 16  # of the smallest product of tensor cores
 WARP_KEYS = 8
+MASS_BINS = 16  # of select_kv's sums by digit, as in the template
+HISTOGRAM_BINS = 1024
+COUNTERS = 8192  # of digits, but at most 16 a digit
+EXCHANGED_WORDS = 11  # of 32 bits and of a thread, by all reductions of select_kv together
+SCORES_OF_A_THREAD = 16  # in an iteration of select_kv, each in three registers
 
 
 def axes(spec: KernelSpec) -> tuple[Axis, ...]:
@@ -28,6 +32,13 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     score_method  dump: attend_splits keeps its weights for score_keys; fused: it averages over its rows at once, which
                   needs no log-sum-exp of its own rows
     """
+    if spec.op == "select_kv":
+        return (
+            Axis("block_n", (1024, 2048, 4096)),
+            Axis("num_warps", (4, 8)),
+            Axis("radix_bits", (8, 11)),
+            Axis("max_splits", (1, 8, 16, 32)),
+        )
     attention = (
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (32, 64, 128)),
@@ -48,8 +59,8 @@ def score_method(score: ScoreSpec) -> str:
 
 def why_unserved(spec: KernelSpec) -> str | None:
     """What these templates do not serve, with the nearest thing that is."""
-    if spec.op not in SERVED:
-        return f"{spec.op}: TileLang serves {', '.join(SERVED)}; use backend triton, or cpu"
+    if spec.op == "select_kv":
+        return None
     if spec.dtype == "float32":
         return "dtype=float32: TileLang's products of float32 round to TF32; use float16 or bfloat16, or backend triton"
     if spec.is_float8:
@@ -66,6 +77,8 @@ def why_unserved(spec: KernelSpec) -> str | None:
 
 def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     """Of a short list from fast to frugal, the first plan of which several blocks fit one SM, or else the last."""
+    if spec.op == "select_kv":
+        return Plan.of("tilelang", block_n=2048, num_warps=8, radix_bits=8, max_splits=16)
     reason = why_unserved(spec)
     if reason is not None:
         raise SpecError(reason)
@@ -80,7 +93,10 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
 
 
 def batch_invariant(plan: Plan) -> Plan:
-    """The plan with splits of a fixed length: a row's attention then depends on its own keys alone."""
+    """The plan with splits of a fixed length: a row's attention then depends on its own keys alone. select_kv is exact,
+    hence the same under every plan."""
+    if "split_keys" not in plan.as_dict():
+        return plan
     return plan.replace(split_keys=SPLIT_KEYS[-1], ctas_per_sm=1)
 
 
@@ -112,6 +128,15 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
     return spec.dtype_bytes * elements
 
 
+def selection_smem_bytes(plan: Plan) -> int:
+    """Shared memory of select_kv: sums of digits by thread, counters of digits, both histograms, a tile's ranks, and
+    what threads exchange to add up."""
+    threads, bins = 32 * plan.integer("num_warps"), 2 ** plan.integer("radix_bits")
+    counters = min(16, COUNTERS // bins) * bins
+    words = counters + bins + HISTOGRAM_BINS + plan.integer("block_n") + EXCHANGED_WORDS * threads
+    return 8 * MASS_BINS * threads + 4 * words
+
+
 def accumulator_registers(plan: Plan, spec: KernelSpec, arch: Arch) -> int:
     """32-bit registers a thread needs for the output tile, the logits, the weights and what is averaged of them."""
     tiles = 3 if plan.get("score_method") == "fused" else 2
@@ -126,6 +151,8 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     reason = why_unserved(spec)
     if reason is not None:
         return reason
+    if spec.op == "select_kv":
+        return _why_selection_invalid(plan, arch)
     if spec.page_size < 1:
         return "page_size=0: a TileLang kernel is specialised to its page size; give at least 1 key"
     if plan.integer("split_keys") and plan.integer("ctas_per_sm") != 1:
@@ -142,4 +169,16 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     registers = accumulator_registers(plan, spec, arch)
     if registers > USABLE_REGISTERS:
         return f"tiles need about {registers} registers a thread for accumulators alone; more warps or smaller tiles"
+    return None
+
+
+def _why_selection_invalid(plan: Plan, arch: Arch) -> str | None:
+    scores = plan.integer("block_n") // (32 * plan.integer("num_warps"))
+    if scores > SCORES_OF_A_THREAD:
+        return (
+            f"block_n={plan['block_n']} gives a thread {scores} scores, more than {SCORES_OF_A_THREAD}; use more warps"
+        )
+    needed = selection_smem_bytes(plan)
+    if needed > arch.smem_per_block:
+        return f"counts need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
     return None
