@@ -1,4 +1,5 @@
-"""require_agreement among real processes: equal packs pass, another plan on one rank is refused on all."""
+"""require_agreement among real processes: equal packs pass, another plan on one rank is refused on all, and processes
+that are frozen go on agreeing while a pack changes under them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from specattn_codegen.spec import KernelSpec
 from test_dispatch_packs import published
 
 RANK = """
-import sys, torch.distributed as dist
+import shutil, sys, torch.distributed as dist
 from specattn_codegen import HeadConfig, SpecError
 from specattn_runtime import load_kernels, require_agreement
 rank, meeting, packs, others = int(sys.argv[1]), *sys.argv[2:]
@@ -23,6 +24,18 @@ try:
     require_agreement(load_kernels(heads, packs=others if rank else packs))
 except SpecError as error:
     print(error)
+before = load_kernels(heads, packs=packs, frozen=True)
+dist.barrier()
+if rank == 0:
+    shutil.copy(others, packs)
+dist.barrier()
+frozen = load_kernels(heads, packs=packs, frozen=True)
+assert frozen.digest == before.digest  # as it was read, though the file is another by now
+require_agreement(frozen)
+try:
+    require_agreement(load_kernels(heads, packs=packs, frozen=rank == 0))
+except SpecError as error:
+    print("not all are frozen")
 dist.destroy_process_group()
 """
 
@@ -44,5 +57,6 @@ def test_ranks_agree_or_all_hear_who_does_not(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], heard
     lines = {out.strip() for out, _ in heard}
     assert len(lines) == 1
+    assert next(iter(lines)).endswith("\nnot all are frozen")
     assert "ranks would not choose the same kernels" in next(iter(lines))
     assert ": ranks 0; " in next(iter(lines))
