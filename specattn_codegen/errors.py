@@ -27,6 +27,10 @@ class UnsavedError(SpecAttnError):
     """What was found and no disk took; the message names all of it."""
 
 
+class SharingError(SpecAttnError):
+    """The storage that tuners share failed: full, gone or out of reach."""
+
+
 class PackError(SpecAttnError):
     """A tuned-config pack that cannot be believed: wrong schema, wrong types, wrong digest."""
 

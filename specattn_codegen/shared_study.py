@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import importlib
 import os
 import socket
 import warnings
@@ -16,13 +17,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from specattn_codegen.errors import SpecError
+from specattn_codegen.errors import SharingError, SpecError
 
 WORKER, NOTE, FAILED, REFUSED = "worker", "note", "failed", "refused"  # names of a trial's attributes
 LOST_AFTER_S = 900.0  # a trial of another machine that has been under way for this long is taken to be lost
@@ -79,14 +80,45 @@ def _start_of(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def storage_at(url: str) -> Iterator[BaseStorage]:
-    """As open_storage, with its connections closed at the end."""
+    """As open_storage, with its connections closed at the end. A storage that fails in between raises SharingError."""
     storage = open_storage(url)
     try:
         yield storage
+    except errors_of(storage) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise SharingError(
+            f"--storage {url}: failed ({reason}); winners so far are in the pack. Start the same command again once it "
+            "works: what was tried is not tried twice"
+        ) from error
     finally:
         storage.remove_session()
         if isinstance(storage, RDBStorage):
             storage.engine.dispose()
+
+
+class MendingLock(JournalFileSymlinkLock):
+    """Optuna's lock of a journal file. Whoever has it takes away what a full disk or a kill has left of a last line, as
+    Optuna reads no journal in which another line follows such a one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._journal = path
+
+    def acquire(self) -> bool:
+        super().acquire()
+        with self._journal.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read(1) not in (b"", b"\n"):
+                file.truncate(self._journal.read_bytes().rfind(b"\n") + 1)
+        return True
+
+
+def errors_of(storage: BaseStorage) -> tuple[type[Exception], ...]:
+    """What a storage may raise because it is full, gone or out of reach."""
+    if isinstance(storage, GrpcStorageProxy):
+        return (importlib.import_module("grpc").RpcError,)  # an extra, which Optuna has imported by now
+    return (OSError, StorageInternalError, SQLAlchemyError)
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -98,7 +130,7 @@ def open_storage(url: str) -> BaseStorage:
         if not path.name:
             raise SpecError(f"--storage {url}: names no file; as in journal:studies.log")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path), MendingLock(path)))
     if parts.scheme == "grpc":
         with warnings.catch_warnings():  # its interface may change, which is for us to follow
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
 from specattn_codegen.outbox import require_saved
 from specattn_codegen.search import Sampler, Search, Strategy, space_of
-from specattn_codegen.shared_study import Share, worker_name
+from specattn_codegen.shared_study import Share, errors_of, worker_name
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import space_digest
 from specattn_codegen.tune_measured import tune_measured
@@ -106,6 +107,7 @@ def tune(
     try:
         strategy(turns, target, budget, logbook, listener, winners.send, search_for, method.workforce)
     finally:
-        if claims is not None:
-            claims.release(done=False)
+        if claims is not None and storage is not None:
+            with contextlib.suppress(*errors_of(storage)):  # a claim ends with its process at the latest
+                claims.release(done=False)
         require_saved(logbook.records, winners)

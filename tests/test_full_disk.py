@@ -15,11 +15,15 @@ from pathlib import Path
 import pytest
 
 from specattn_codegen import pack, record
-from specattn_codegen.errors import BuildError, CacheError, UnsavedError
+from specattn_codegen.errors import BuildError, CacheError, SharingError, UnsavedError
 from specattn_codegen.outbox import Outbox, require_saved
 from specattn_codegen.outcome import Outcome
+from specattn_codegen.plan import Plan
+from specattn_codegen.search import Search
+from specattn_codegen.shared_study import storage_at
 from specattn_codegen.worker import WorkerPool
 from test_cli_tune import start
+from test_shared_study import search_on
 
 SMALL_DISK = "size=3m"
 PAGE = 4096
@@ -135,6 +139,29 @@ def test_tuning_on_a_disk_that_fills_up_ends_with_its_winners_and_the_names_of_w
     saved = len(record.read(records))
     assert saved + sum(" measure of " in line for line in left) == 4
     assert pack.load(disk / "packs" / "cpu" / "q8-kv2-d32.json").entries  # whole, as it was before
+
+
+def tell(url: str, search: Search, plan: Plan) -> None:
+    """What `specattn-tune --storage` does with a trial, which here does not fit into what is left of a page."""
+    with storage_at(url):
+        search.tell(plan, 1.0, "n" * 3 * PAGE)
+
+
+@pytest.mark.parametrize("scheme", ["journal:", "sqlite:///"])
+def test_a_shared_storage_that_fills_up_is_one_clear_line_and_goes_on_with_room(disk: Path, scheme: str) -> None:
+    url = f"{scheme}{disk / 'studies'}"
+    search = search_on(url)
+    (plan,) = search.ask(1)
+    fill(disk)
+    with pytest.raises(SharingError, match=r"full|No space left") as caught:
+        tell(url, search, plan)
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    (disk / "ballast").unlink()
+    again = search_on(url)
+    (other,) = again.ask(1)
+    tell(url, again, other)
+    assert search_on(url).left == again.left
 
 
 LOOK_UP = """

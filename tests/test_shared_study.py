@@ -188,6 +188,17 @@ def test_a_killed_workers_plan_is_tried_again(tmp_path: Path) -> None:
     assert search_on(url).left == TRIALS
 
 
+def test_a_torn_line_of_a_journal_is_taken_away_by_the_next_writer(tmp_path: Path) -> None:
+    journal = tmp_path / "studies.log"
+    search = search_on(f"journal:{journal}")
+    (plan,) = search.ask(1)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"tri')  # as a kill leaves it
+    search.tell(plan, cost(plan))
+    assert journal.read_bytes().startswith(whole)
+    assert search_on(f"journal:{journal}").left == TRIALS - 1
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [("studies.log", "journal:PATH"), ("journal:", "names no file"), ("nosql://host/db", "cannot be opened")],
