@@ -3,6 +3,7 @@
 SPECATTN_CACHE_DIR   built kernels, records of tuning runs, machine measurements
 SPECATTN_CONFIG_DIR  a folder of tuned-config packs that is looked up before the user's, the site's and the shipped ones
 SPECATTN_FROZEN      1: a process reads each pack once and never sees a later change
+SPECATTN_STRICT      1: a call without a tuned entry raises SpecError wherever kernels are loaded
 SPECATTN_LOG         level of the `specattn` logger (DEBUG, INFO, WARNING, ERROR)
 """
 
@@ -66,6 +67,10 @@ def pack_layers(*explicit: Path) -> tuple[Path, ...]:
 
 def is_frozen() -> bool:
     return os.environ.get("SPECATTN_FROZEN", "") not in ("", "0")
+
+
+def is_strict() -> bool:
+    return os.environ.get("SPECATTN_STRICT", "") not in ("", "0")
 
 
 def log_level() -> str:

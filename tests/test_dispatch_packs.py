@@ -133,3 +133,15 @@ def test_a_mixed_batch_takes_the_plan_of_its_verification(tmp_path: Path) -> Non
     mixed = dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head")
     found = load_kernels(HEADS, packs=tmp_path).packs.find(mixed, Workload(batch=1, q_len=4, kv_len=4096, budget=64))
     assert (found.rung, found.plan) == ("exact", other)
+
+
+def test_the_environment_may_insist_on_tuned_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECATTN_STRICT", "1")
+    _, other = plans()
+    published(tmp_path, other)
+    kernels = load_kernels(HEADS, packs=tmp_path)
+    assert rung_of(kernels) == "exact"
+    with pytest.raises(SpecError, match="no tuned entry"):
+        kernels.prepare(ScoreSpec())
+    monkeypatch.setenv("SPECATTN_STRICT", "0")
+    load_kernels(HEADS, packs=tmp_path).prepare(ScoreSpec())

@@ -434,7 +434,8 @@ def load_kernels(
     dtype            of q and the KV cache: torch.float32, torch.float16 or torch.bfloat16
     kv_dtype         of the KV cache where it differs: torch.float8_e4m3fn or torch.float8_e5m2
     page_size        keys per page of the cache
-    strict           a missing pack entry raises SpecError instead of falling back to the default plan
+    strict           a missing pack entry raises SpecError instead of falling back to the default plan;
+                     SPECATTN_STRICT=1 says so for all
     batch_invariant  a row's result does not depend on what else is in the batch, on the bounds or on the threads,
                      nor, on the CPU, on how many rows its request verifies
     keep_scratch     keep scratch memory between calls; False allocates it anew, for several threads or streams
@@ -468,7 +469,7 @@ def load_kernels(
         None if kv_dtype is None else FLOAT8_NAMES.get(kv_dtype),
         page_size,
         read(arch, heads, layers),
-        strict=strict,
+        strict=strict or paths.is_strict(),
         batch_invariant=batch_invariant,
         keep_scratch=keep_scratch,
     )
