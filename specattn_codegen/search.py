@@ -112,6 +112,7 @@ class Search:
         self._taken: set[Plan] = set()
         self._known: dict[Plan, float] = {}
         self._asked: dict[Plan, optuna.Trial] = {}
+        self._penalised: list[optuna.Trial] = []  # until a real value says how much
         self._share = strategy.share
         self._notes: list[str] = []
         self._heard_of: set[int] = set()
@@ -150,7 +151,7 @@ class Search:
             self._heard_of.add(trial.number)
             trial.set_user_attr(shared_study.NOTE, note)
             trial.set_user_attr(shared_study.FAILED, value is None)
-        self._study.tell(trial, self._penalty() if value is None else value)
+        self._say(trial, value)
 
     def heard(self) -> list[str]:
         """What others who share the study have noted since the last time this was asked."""
@@ -162,9 +163,23 @@ class Search:
         for trial in self._asked.values():
             self._study.tell(trial, state=TrialState.FAIL)
         self._asked.clear()
+        self._tell_penalties()
 
-    def _penalty(self) -> float:
-        return PENALTY_RATIO * max(self._known.values(), default=1e6)
+    def _say(self, trial: optuna.Trial, value: float | None) -> None:
+        """Tells the sampler a value, or the penalty for None, as soon as there is a value to set it by: a made-up one
+        would be all that a sampler that fits a surface sees."""
+        if value is not None:
+            self._study.tell(trial, value)
+        else:
+            self._penalised.append(trial)
+        if self._known:
+            self._tell_penalties()
+
+    def _tell_penalties(self) -> None:
+        penalty = PENALTY_RATIO * max(self._known.values(), default=1.0)
+        for trial in self._penalised:
+            self._study.tell(trial, penalty)
+        self._penalised.clear()
 
     def _propose(self) -> Plan | None:
         """A plan nobody has tried; None where another process was quicker."""
@@ -212,13 +227,15 @@ class Search:
         del self._untried[plan]
         self._taken.add(plan)
         self._asked[plan] = trial
+        if self._share is not None:
+            trial.set_user_attr(shared_study.PLAN, str(plan))
         return plan
 
     def _refuse(self, trial: optuna.Trial, value: float | None) -> None:
         """Tells the sampler what it should have known: the value of a plan that was tried, the penalty for another."""
         if self._share is not None:
             trial.set_user_attr(shared_study.REFUSED, True)
-        self._study.tell(trial, self._penalty() if value is None else value)
+        self._say(trial, value)
 
     def _plan_of(self, positions: dict[str, int]) -> Plan:
         settings: dict[str, Setting] = {axis.name: axis.values[positions[axis.name]] for axis in self._axes}

@@ -25,7 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from specattn_codegen.errors import SharingError, SpecError
 
-WORKER, NOTE, FAILED, REFUSED = "worker", "note", "failed", "refused"  # names of a trial's attributes
+# Names of a trial's attributes. The plan is for people: parameters are positions on the axes.
+WORKER, PLAN, NOTE, FAILED, REFUSED = "worker", "plan", "note", "failed", "refused"
 LOST_AFTER_S = 900.0  # a trial of another machine that has been under way for this long is taken to be lost
 GRPC_PORT = 13000  # Optuna's own default
 

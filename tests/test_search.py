@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
-from specattn_codegen import gpus, space
+from specattn_codegen import gpus, shared_study, space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import FEW_BEST, TURNS, Sampler, Search, Strategy, neighbours, space_of
+from specattn_codegen.search import FEW_BEST, PENALTY_RATIO, TURNS, Sampler, Search, Strategy, neighbours, space_of
+from specattn_codegen.shared_study import Share, open_storage
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
 ARCH = gpus.find("h100")
@@ -73,6 +77,24 @@ def test_a_small_space_is_swept_whole() -> None:
             search.tell(plan, None)
     assert len(seen) == len(feasible)
     assert set(seen) == feasible
+
+
+def test_penalties_stand_beside_real_values_even_before_there_is_one(tmp_path: Path) -> None:
+    share = Share(storage=open_storage(f"journal:{tmp_path / 'study.log'}"), name="a search", worker="a test")
+    searched = space_of(SCORED, ARCH, "triton")
+    search = Search(searched, seeds=(), strategy=Strategy(sampler="tpe", trials=12, seed=0, share=share))
+    for turn, plan in enumerate(search.ask(8)):  # some of what the sampler proposes is infeasible
+        search.tell(plan, None if turn < 2 else 50.0 + turn)
+    search.close()
+    trials = optuna.load_study(study_name=share.name, storage=share.storage).get_trials()
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    values = [trial.value for trial in trials if trial.value is not None]
+    assert len(values) > 8
+    assert max(values) <= PENALTY_RATIO * 57.0
+    assert sum(value > 57.0 for value in values) == len(values) - 6
+    told = [trial.user_attrs[shared_study.PLAN] for trial in trials if not trial.user_attrs.get(shared_study.REFUSED)]
+    assert len(told) == len(set(told)) == 8
+    assert set(told) <= set(map(str, searched.feasible))
 
 
 def test_every_plan_failing_still_ends_and_repeats_nothing() -> None:

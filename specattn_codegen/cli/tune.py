@@ -47,7 +47,8 @@ Many processes may share the searches: start the same command, with one --storag
   postgresql+psycopg://USER@HOST/NAME   or another database, for many machines
   grpc://HOST:PORT                      the proxy that Optuna starts with run_grpc_proxy_server
 Each takes the kernels and sizes that nobody is at, then helps where others are; on a machine with several GPUs each
-takes the next free one. They may join, leave and be killed at any time. optuna-dashboard opens the same storage.
+takes the next free one. They may join, leave and be killed at any time. To watch: optuna-dashboard PATH, or with the
+database's URL; the parameters it shows are positions on the axes, and a trial's attribute `plan` says what they are.
 """
 
 
