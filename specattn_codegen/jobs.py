@@ -12,6 +12,7 @@ import torch
 
 from specattn_codegen import build, conditions, cost_model, environment, paths
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.cubin import CudaError
 from specattn_codegen.build.program import whole_program
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.build.store import remembered
@@ -212,7 +213,8 @@ def launch_errors(backend: Backend) -> tuple[type[Exception], ...]:
     """What a launch may raise because of its plan. A CPU kernel that fails takes its process along."""
     if backend == "cpu":
         return ()
-    return (importlib.import_module("triton.errors").TritonError, torch.AcceleratorError, torch.OutOfMemoryError)
+    triton_error = importlib.import_module("triton.errors").TritonError
+    return (triton_error, CudaError, torch.AcceleratorError, torch.OutOfMemoryError)
 
 
 def failed_launch(error: Exception) -> Outcome:

@@ -37,9 +37,27 @@ def test_kernels_equal_the_oracle(spec: KernelSpec) -> None:
     arch = gpu_detect.local()
     other = Plan.of("tilelang", block_n=1024, num_warps=4, radix_bits=11, max_splits=8)
     for plan in (space.default_plan(spec, arch, "tilelang"), other if spec is SELECT else plan_for(spec)):
-        kernel = build.load(render(spec, plan, "tilelang"))
-        result = prove(kernel, workload=WORKLOAD, page_size=16, seed=1, device="cuda", extent=ON_DEVICE)
-        assert result.passed, (plan, result.detail)
+        _prove(spec, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("score", [None, ScoreSpec(), ScoreSpec(normaliser="reference")], ids=str)
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_kernels_that_the_accelerator_feeds_equal_the_oracle(score: ScoreSpec | None, block_m: int) -> None:
+    """64 rows are what warp groups multiply; each cache layout is described with strides of its own."""
+    spec = verify_spec(SMALL, score, page_size=64)
+    plan = plan_for(spec, kv_load="descriptor", num_stages=3, block_m=block_m)
+    reason = space.why_invalid(plan, spec, gpu_detect.local())
+    if reason is not None:
+        pytest.skip(reason)
+    _prove(spec, plan)
+
+
+def _prove(spec: KernelSpec, plan: Plan) -> None:
+    kernel = build.load(render(spec, plan, "tilelang"))
+    result = prove(kernel, workload=WORKLOAD, page_size=spec.page_size or 16, seed=1, device="cuda", extent=ON_DEVICE)
+    assert result.passed, (plan, result.detail)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

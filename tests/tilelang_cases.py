@@ -44,6 +44,8 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
         "ctas_per_sm": 8,
         "split_keys": 0,
     }
+    if spec.op == "verify_attention":
+        settings |= {"kv_load": "pointer"}
     if spec.score is not None:
         settings |= {"score_method": score_method(spec.score), "score_block_n": 128}
     return Plan.of("tilelang", **{**settings, **changes})

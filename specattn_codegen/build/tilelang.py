@@ -14,6 +14,7 @@ import torch
 
 from specattn_codegen import gpu_detect
 from specattn_codegen.build import cubin
+from specattn_codegen.build.alignment import require_aligned
 from specattn_codegen.build.module import import_source
 from specattn_codegen.build.selection import launch_arguments, selection_call, workspace_arguments
 from specattn_codegen.errors import BuildError
@@ -59,6 +60,9 @@ class AttentionKernel:
 
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         call = _attention_call(self.spec, call)
+        if self.plan.as_dict().get("kv_load") == "descriptor":
+            require_aligned(call.k_cache, "k_cache")
+            require_aligned(call.v_cache, "v_cache")
         ours = {"functions": self.functions, "workspace": workspace, "num_sms": self.num_sms}
         theirs = {name: getattr(call, name) for name in self.arguments if name not in ours}
         self.module.launch(**theirs, **ours)
@@ -115,14 +119,4 @@ def load(source: Source) -> AttentionKernel | SelectKernel:
 def _loaded(source: Source, vector: int) -> Functions:
     # TileLang is imported where a kernel is compiled, so that nobody else pays for it.
     compiler = importlib.import_module("specattn_codegen.build.tilelang_compile")
-    folder = compiler.compiled_folder(source, gpu_detect.local(), vector)
-    return {
-        binary.name: cubin.load(
-            (folder / f"{binary.name}.cubin").read_bytes(),
-            binary.symbol,
-            binary.parameters,
-            binary.threads,
-            binary.smem_bytes,
-        )
-        for binary in compiler.read_manifest(folder)
-    }
+    return cubin.load_folder(compiler.compiled_folder(source, gpu_detect.local(), vector))

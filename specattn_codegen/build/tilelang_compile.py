@@ -13,6 +13,7 @@ from tilelang import env
 
 from specattn_codegen import paths
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.cubin import MANIFEST, TensorMap
 from specattn_codegen.build.disassemble import cubin_usage, cuobjdump_path
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.build.store import publish
@@ -25,7 +26,7 @@ from specattn_codegen.render import Source
 FLAGS = ("-cubin", "-O3", "-std=c++20", "--fmad=false", "-w")
 COMPILE_SECONDS = 300
 VECTOR = 8  # what caches of any framework are aligned to; other ones are read element by element
-MANIFEST = "kernels.json"
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,8 @@ class Binary:
     """One device function of a compiled folder: <name>.cu is its text and <name>.cubin its machine code.
 
     To launch it, take `symbol` from the cubin, ask for `smem_bytes` of dynamic shared memory, and give the arguments
-    in the order of `parameters`, (type, name) each; grids are those of the rendered file's `launch`.
+    in the order of `parameters`, (type, name) each; grids are those of the rendered file's `launch`. A parameter of
+    `tensor_maps` is what cuTensorMapEncodeTiled makes of an array.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Binary:
     parameters: tuple[tuple[str, str], ...]
     threads: int
     smem_bytes: int
+    tensor_maps: dict[str, TensorMap]
     resources: Resources
 
 
@@ -72,11 +75,27 @@ def compiled_folder(source: Source, arch: Arch, vector: int = VECTOR) -> Path:
     """
 
     def write(folder: Path) -> None:
-        binaries = tuple(_compile(lowered, arch, folder) for lowered in lower_for_cuda(source, arch, vector))
+        lowered_functions = lower_for_cuda(source, arch, vector)
+        _require_descriptors(source, lowered_functions)
+        binaries = tuple(_compile(lowered, arch, folder) for lowered in lowered_functions)
         (folder / MANIFEST).write_bytes(msgspec.json.encode(binaries))
 
-    key = digest(source.digest, arch.target, vector, versions(), FLAGS)
+    key = digest(source.digest, arch.target, vector, versions(), FLAGS, MANIFEST_VERSION)
     return publish(paths.cache_dir() / "kernels" / "tilelang-cubin" / key, write)
+
+
+def _require_descriptors(source: Source, functions: tuple[Lowered, ...]) -> None:
+    """Where TileLang finds a copy unfit for the tensor memory accelerator it quietly reads through pointers, for which
+    the template gives no strides."""
+    if source.plan.as_dict().get("kv_load") != "descriptor":
+        return
+    described = {one.array for lowered in functions for one in lowered.tensor_maps.values()}
+    missing = {"k_cache", "v_cache"} - described
+    if missing:
+        raise BuildError(
+            f"{source.spec.name}: TileLang reads {' and '.join(sorted(missing))} through pointers here; "
+            "use kv_load=pointer"
+        )
 
 
 def read_manifest(folder: Path) -> tuple[Binary, ...]:
@@ -121,5 +140,6 @@ def _compile(lowered: Lowered, arch: Arch, folder: Path) -> Binary:
         parameters=lowered.parameters,
         threads=lowered.threads,
         smem_bytes=lowered.smem_bytes,
+        tensor_maps=dict(lowered.tensor_maps),
         resources=resources,
     )

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from tilelang.engine.lower import lower_with_context
 from tilelang.tileop.base import GemmWarpPolicy
 
 from specattn_codegen.arch import Arch
+from specattn_codegen.build.cubin import TensorMap
 from specattn_codegen.build.module import import_source
 from specattn_codegen.errors import BuildError
 from specattn_codegen.render import Source
@@ -42,6 +43,7 @@ class Lowered:
     parameters  names in the order of the text, pointers among them
     threads     per block; 0 in C
     smem_bytes  of dynamic shared memory, asked for at launch
+    tensor_maps parameters that describe an array, by name
     """
 
     name: str
@@ -50,6 +52,7 @@ class Lowered:
     parameters: tuple[tuple[str, str], ...]
     threads: int
     smem_bytes: int
+    tensor_maps: Mapping[str, TensorMap]
 
 
 def lower_for_cuda(source: Source, arch: Arch, vector: int) -> tuple[Lowered, ...]:
@@ -128,7 +131,31 @@ def _lower_function(function: Any, context: Any, options: dict[str, Any]) -> Low
         parameters=_parameters(text, symbol),
         threads=_threads(text, symbol),
         smem_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
+        tensor_maps=_tensor_maps(artifact.host_mod),
     )
+
+
+def _tensor_maps(host_module: Any) -> dict[str, TensorMap]:
+    """What the host would describe to the device before a launch: a type, a rank, a place, and by dimension sizes,
+    strides, boxes and steps, then four options."""
+    found: dict[str, TensorMap] = {}
+    for function in host_module.functions.values():
+        for parameter, arguments in function.attrs.get("tma_descriptor_args", {}).items():
+            _, _, data_type, rank, array, *numbers = arguments
+            size = int(rank)
+            box, steps = (tuple(map(int, numbers[size * at : size * (at + 1)])) for at in (2, 3))
+            interleave, swizzle, promotion, fill = map(int, numbers[4 * size :])
+            found[parameter.name] = TensorMap(
+                array=array.name,
+                data_type=int(data_type),
+                box=box,
+                steps=steps,
+                interleave=interleave,
+                swizzle=swizzle,
+                promotion=promotion,
+                fill=fill,
+            )
+    return found
 
 
 @contextlib.contextmanager
@@ -152,7 +179,7 @@ def _parameters(text: str, symbol: str) -> tuple[tuple[str, str], ...]:
     found = re.search(rf"{symbol}\(([^)]*)\)", text)
     if found is None:
         raise BuildError(f"TileLang's text declares no {symbol}")
-    declared = (part.replace("__restrict__", "").replace("const ", "").split() for part in found[1].split(","))
+    declared = (re.sub(r"__restrict__|__grid_constant__|const ", "", part).split() for part in found[1].split(","))
     return tuple((" ".join(words[:-1]), words[-1]) for words in declared)
 
 

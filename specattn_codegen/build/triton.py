@@ -12,13 +12,14 @@ import torch
 import triton
 from triton import knobs
 
+from specattn_codegen.build.alignment import require_aligned
 from specattn_codegen.build.module import import_source
 from specattn_codegen.build.selection import launch_arguments, selection_call, workspace_arguments
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.kernel import AttentionCall, Call
 from specattn_codegen.plan import Plan
 from specattn_codegen.render import Source
-from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT, merges_last
+from specattn_codegen.space.triton import merges_last
 from specattn_codegen.spec import KernelSpec
 
 INTERPRETER_SMS = 4  # what the interpreter stands for: enough that small problems are split
@@ -39,16 +40,6 @@ def num_sms(device: torch.device) -> int:
     if device.type == "cpu":
         return INTERPRETER_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _require_aligned(cache: torch.Tensor, name: str) -> None:
-    """Tensor descriptors take no other address or stride. Raises SpecError."""
-    strides = [stride * cache.element_size() for stride in cache.stride()[:-1]]
-    if cache.data_ptr() % DESCRIPTOR_ALIGNMENT or any(stride % DESCRIPTOR_ALIGNMENT for stride in strides):
-        raise SpecError(
-            f"{name} starts at {cache.data_ptr():#x} with strides of {strides} bytes: kv_load=descriptor needs "
-            f"multiples of {DESCRIPTOR_ALIGNMENT} bytes; align the cache, or use a plan with kv_load=pointer"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +71,8 @@ class AttentionKernel:
         if not isinstance(call, AttentionCall):
             raise TypeError(f"{self.spec.op} takes an AttentionCall")
         if self.plan.as_dict().get("kv_load") == "descriptor":
-            _require_aligned(call.k_cache, "k_cache")
-            _require_aligned(call.v_cache, "v_cache")
+            require_aligned(call.k_cache, "k_cache")
+            require_aligned(call.v_cache, "v_cache")
         arguments = {name: getattr(call, name) for name in self.arguments}
         if merges_last(self.plan):
             arguments["arrivals"] = self._arrivals_on(call.q.device)

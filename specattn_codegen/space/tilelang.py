@@ -15,6 +15,9 @@ SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
 EXPECTED_ROWS = 8  # verify rows the default plan is made for: draft lengths of 4 to 7
 USABLE_REGISTERS = 112  # of 255 a thread; with more, binaries were seen to spill: addresses and operands take the rest
+# Where warp groups take operands from shared memory, by how that is filled: 142 to 181 in all, and no spills.
+WARP_GROUP_REGISTERS = {"pointer": 128, "descriptor": 160}
+WARP_GROUP_ROWS = 64
 WARP_ROWS = 16  # of the smallest product of tensor cores
 WARP_KEYS = 8
 MASS_BINS = 16  # of select_kv's sums by digit, as in the template
@@ -28,7 +31,10 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     """Tiles, warps and buffers, and where a request's keys are split: the same words as Triton's.
 
     num_stages    1 reads a tile of keys when it is needed; 2 refills each buffer as soon as it has been used, which
-                  TileLang 0.1.15 cannot order where the positions of keys are computed on the way
+                  TileLang 0.1.15 cannot order where the positions of keys are computed on the way; more have a ring of
+                  num_stages - 1 buffers, which it makes for descriptors alone
+    kv_load       how tiles of keys and values are read: through pointers, by every warp; or with a tensor descriptor of
+                  the cache by the processor's tensor memory accelerator, which four further warps feed
     score_method  dump: attend_splits keeps its weights for score_keys; fused: it averages over its rows at once, which
                   needs no log-sum-exp of its own rows
     """
@@ -43,10 +49,12 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (32, 64, 128)),
         Axis("num_warps", (2, 4, 8)),
-        Axis("num_stages", (1, 2) if spec.op == "verify_attention" else (1,)),
+        Axis("num_stages", (1, 2, 3, 4) if spec.op == "verify_attention" else (1,)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
         Axis("split_keys", (0,) if spec.op == "mixed_attention" else (0, *SPLIT_KEYS)),
     )
+    if spec.op == "verify_attention":
+        attention = (*attention, Axis("kv_load", ("pointer", "descriptor")))
     if spec.score is None:
         return attention
     return (*attention, Axis("score_method", (score_method(spec.score),)), Axis("score_block_n", (128, 256)))
@@ -82,7 +90,11 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     reason = why_unserved(spec)
     if reason is not None:
         raise SpecError(reason)
-    plans = [plan for plan in _plans_by_preference(spec) if why_invalid(plan, spec, arch) is None]
+    plans = [
+        plan
+        for plan in _plans_by_preference(spec)
+        if why_invalid(plan, spec, arch) is None and accumulator_registers(plan, spec, arch) <= USABLE_REGISTERS
+    ]
     if not plans:
         raise SpecError(
             f"head_dim={spec.heads.head_dim}, v_head_dim={spec.heads.v_head_dim}: no TileLang tile of them fits "
@@ -114,6 +126,8 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
             ctas_per_sm=BLOCKS_PER_SM,
             split_keys=0,
         )
+        if spec.op == "verify_attention":
+            plan = plan.replace(kv_load="pointer")
         if spec.score is not None:
             plan = plan.replace(score_method=score_method(spec.score), score_block_n=128)
         yield plan
@@ -124,7 +138,8 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
     block_m, block_n = plan.integer("block_m"), plan.integer("block_n")
     dims = spec.heads.head_dim + spec.heads.v_head_dim
     weights = 0 if block_m >= WARP_ROWS * plan.integer("num_warps") else block_m * block_n
-    elements = block_n * dims + block_m * spec.heads.head_dim + weights
+    buffers = max(1, plan.integer("num_stages") - 1)
+    elements = buffers * block_n * dims + block_m * spec.heads.head_dim + weights
     return spec.dtype_bytes * elements
 
 
@@ -163,11 +178,14 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
         return f"num_warps={num_warps} cannot share {block_n} keys and v_head_dim={spec.heads.v_head_dim}; use fewer"
     if block_m > WARP_ROWS * num_warps:
         return f"num_warps={num_warps} have more than one block of {WARP_ROWS} rows each; use more"
+    reason = _why_loads_invalid(plan, spec, arch)
+    if reason is not None:
+        return reason
     needed = smem_bytes(plan, spec, arch)
     if needed > arch.smem_per_block:
         return f"tiles need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
     registers = accumulator_registers(plan, spec, arch)
-    if registers > USABLE_REGISTERS:
+    if registers > _usable_registers(plan, arch):
         return f"tiles need about {registers} registers a thread for accumulators alone; more warps or smaller tiles"
     return None
 
@@ -181,4 +199,27 @@ def _why_selection_invalid(plan: Plan, arch: Arch) -> str | None:
     needed = selection_smem_bytes(plan)
     if needed > arch.smem_per_block:
         return f"counts need about {needed} bytes of shared memory; a block of {arch.name} has {arch.smem_per_block}"
+    return None
+
+
+def _usable_registers(plan: Plan, arch: Arch) -> int:
+    by_warp_groups = arch.compute_capability == 90 and plan.integer("block_m") >= WARP_GROUP_ROWS
+    return WARP_GROUP_REGISTERS[str(plan.as_dict().get("kv_load", "pointer"))] if by_warp_groups else USABLE_REGISTERS
+
+
+def _why_loads_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
+    num_stages, block_n = plan.integer("num_stages"), plan.integer("block_n")
+    if plan.as_dict().get("kv_load") != "descriptor":
+        if num_stages > 2:
+            return f"num_stages={num_stages}: TileLang has one buffer of what is read through pointers; use 2"
+        return None
+    if arch.compute_capability < 90:
+        return f"kv_load=descriptor: {arch.name} has no tensor memory accelerator; use kv_load=pointer"
+    if num_stages < 2:
+        return "kv_load=descriptor reads ahead of the tile in use; use num_stages=2 or more"
+    if spec.page_size % block_n:
+        return (
+            f"kv_load=descriptor reads a tile within one page: page_size={spec.page_size} is no multiple of "
+            f"block_n={block_n}; use a block_n that divides it, or kv_load=pointer"
+        )
     return None
