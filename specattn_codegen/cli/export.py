@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,21 +14,24 @@ from specattn_codegen.cli import console
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, find_heads
 from specattn_codegen.errors import SpecError
+from specattn_codegen.export.cubins import Binaries, compiled, cubin_files
 from specattn_codegen.export.hugging_face import repository_files
 from specattn_codegen.export.package import Export, default_name, folder_files, write
 from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack_file import LICENCE
-from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype
+from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KernelSpec, KvDtype
 from specattn_codegen.workloads import TUNED_OPS, mixed_specs, model_specs
 
 LAYOUTS = {"folder": folder_files, "hf-kernels": repository_files}
+CUBINS = "cubins"  # TileLang's kernels, compiled
 EXAMPLES = """
 \b
 Examples:
   specattn-export --model llama3-8b --gpu h100 --out ./llama3-kernels
   specattn-export --heads 32,8,128 --gpu mi300x --packs ./packs --name my-kernels
   specattn-export --model llama3-8b --gpu h100 --layout hf-kernels --out ./hub-repository
+  specattn-export --model llama3-8b --gpu h100 --layout cubins      TileLang's kernels as CUDA source and binaries
 
 \b
 Then, with nothing but torch and triton:
@@ -49,7 +53,7 @@ Then, with nothing but torch and triton:
     type=click.Path(path_type=Path, exists=True),
     help="A folder of packs, or one, looked up before all others; may be repeated.",
 )
-@click.option("--layout", type=click.Choice(tuple(LAYOUTS)), default="folder", show_default=True)
+@click.option("--layout", type=click.Choice((*LAYOUTS, CUBINS)), default="folder", show_default=True)
 @click.option("--name", help="Lower-case letters, digits and dashes. [specattn-<gpu>-<heads>]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="An empty or new folder. [./<name>]")
 def command(
@@ -79,10 +83,17 @@ def command(
             f"--name {name}: {model} has {len(kinds)} kinds of layers and takes a name for each; leave it out"
         )
     for kind in kinds:
-        export = exported(name or default_name(arch, kind), arch, kind, dtype, kv_dtype, page_size, packs)
-        folder = (out / export.name if len(kinds) > 1 else out) if out else Path(export.name)
-        write(folder, LAYOUTS[layout](export))
-        report(export, folder, layout)
+        own_name = name or default_name(arch, kind)
+        folder = (out / own_name if len(kinds) > 1 else out) if out else Path(own_name)
+        if layout == CUBINS:
+            known = ladder.read(arch, kind, paths.pack_layers(*packs))
+            kernels = compiled(specs_of(kind, dtype, kv_dtype, page_size), arch, known)
+            write(folder, cubin_files(own_name, arch, kind, LICENCE, kernels))
+            report_binaries(kernels, arch, folder)
+        else:
+            export = exported(own_name, arch, kind, dtype, kv_dtype, page_size, packs)
+            write(folder, LAYOUTS[layout](export))
+            report(export, folder, layout)
 
 
 def find_gpu(gpu: str) -> Arch:
@@ -100,10 +111,14 @@ def exported(
     page_size: int,
     packs: tuple[Path, ...],
 ) -> Export:
-    specs = model_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, ops=TUNED_OPS)
-    mixed = mixed_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size)
+    specs = specs_of(heads, dtype, kv_dtype, page_size)
     found = ladder.read(arch, heads, paths.pack_layers(*packs))
-    return Export(name=name, arch=arch, heads=heads, licence=LICENCE, tables=tables([*specs, *mixed], found))
+    return Export(name=name, arch=arch, heads=heads, licence=LICENCE, tables=tables(specs, found))
+
+
+def specs_of(heads: HeadConfig, dtype: Dtype, kv_dtype: KvDtype | None, page_size: int) -> list[KernelSpec]:
+    specs = model_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, ops=TUNED_OPS)
+    return [*specs, *mixed_specs(heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size)]
 
 
 def report(export: Export, folder: Path, layout: str) -> None:
@@ -121,6 +136,14 @@ def report(export: Export, folder: Path, layout: str) -> None:
         lines.append(f"next: upload {folder} as a kernel repository; kernel-builder takes it as it is")
     for line in lines:
         screen.print(line, markup=False, soft_wrap=True)
+
+
+def report_binaries(kernels: Sequence[Binaries], arch: Arch, folder: Path) -> None:
+    screen = output()
+    screen.print(f"{folder}: {len(kernels)} kernels as binaries for {arch.name}", markup=False, soft_wrap=True)
+    for proof, count in Counter(one.proved_by or "none" for one in kernels).items():
+        trust = "; check them on the GPU before trusting one" if proof == "none" else ""
+        screen.print(f"  {count} proved by {proof}{trust}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

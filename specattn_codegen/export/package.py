@@ -191,11 +191,11 @@ def _plain_row(spec: KernelSpec, row: Row) -> dict[str, object]:
     }
 
 
-def write(folder: Path, files: Mapping[str, str]) -> None:
+def write(folder: Path, files: Mapping[str, str] | Mapping[str, bytes]) -> None:
     """Raises SpecError for a folder that holds anything already, and OSError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"{folder}: is not an empty folder; remove it, or name another with --out")
-    for name, text in files.items():
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
