@@ -73,7 +73,11 @@ def prepare(folder: Path, tasks: Sequence[Task], target: Target, *, count: int, 
     (folder / SOURCES).mkdir(parents=True, exist_ok=True)
     wanted: list[Wanted] = []
     for task, workload in [(one, workload) for one in tasks for workload in one.workloads]:
-        plans = shortlist(task.spec, workload, target.arch, target.backend, count=count)
+        plans = [
+            plan
+            for one in target.each(task.spec)
+            for plan in shortlist(task.spec, workload, one.arch, one.backend, count=count)
+        ]
         sources = [render_for(task.spec, plan, target.arch) for plan in plans]
         for source in sources:
             (folder / SOURCES / f"{source.digest}{source.suffix}").write_text(source.text)

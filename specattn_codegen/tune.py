@@ -10,6 +10,7 @@ from pathlib import Path
 from optuna.storages import BaseStorage
 
 from specattn_codegen import environment, paths, seeds, space
+from specattn_codegen.by_backend import ByBackend
 from specattn_codegen.claims import SEARCHES, Claims
 from specattn_codegen.digest import digest
 from specattn_codegen.jobs import render_for
@@ -62,7 +63,7 @@ class InTurn(Collection[Task]):
     tasks: Sequence[Task]
     name: Callable[[Task], str]
     claims: Claims
-    searches: dict[Task, Search]
+    searches: dict[Task, ByBackend]
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -90,16 +91,19 @@ def tune(
     (heads,) = {task.spec.heads for task in tasks}
     logbook = Logbook.open(target, heads)
     winners = winners_of(out, target, heads)
-    storage, worker, searches = method.storage, worker_name(), dict[Task, Search]()
+    storage, worker, searches = method.storage, worker_name(), dict[Task, ByBackend]()
     claims = None if storage is None else Claims(storage, SEARCHES, worker)
 
-    def search_for(task: Task) -> Search:
+    def search_in(task: Task, one: Target) -> Search:
         share = None
         if storage is not None:
-            share = Share(storage=storage, name=study_name(task, target), worker=worker)
+            share = Share(storage=storage, name=study_name(task, one), worker=worker)
         strategy = Strategy(sampler=method.sampler, trials=budget.trials, seed=budget.seed, share=share)
-        found = seeds.seeds_for(task, target, (out, *paths.pack_layers()))
-        searches[task] = Search(space_of(task.spec, target.arch, target.backend), seeds=found, strategy=strategy)
+        found = seeds.seeds_for(task, one, (out, *paths.pack_layers()))
+        return Search(space_of(task.spec, one.arch, one.backend), seeds=found, strategy=strategy)
+
+    def search_for(task: Task) -> ByBackend:
+        searches[task] = ByBackend({one.backend: search_in(task, one) for one in target.each(task.spec)})
         return searches[task]
 
     strategy = tune_measured if target.is_present else tune_modelled

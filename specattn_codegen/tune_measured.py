@@ -82,7 +82,7 @@ def _explore(
     On a GPU the next plans are built while the last ones are timed. On the CPU, where building would be timed too, they
     take turns.
     """
-    default = space.default_plan(task.spec, target.arch, target.backend)
+    defaults = [space.default_plan(task.spec, one.arch, one.backend) for one in target.each(task.spec)]
     listener.task_started(task, search.left)
     _listen(search, task, timed)
     plans = search.ask(BATCH)
@@ -94,7 +94,7 @@ def _explore(
         builders.start(_build_jobs(task, following, target))
         for plan in plans:
             trial = _time(task, plan, target, budget, logbook, measurer)
-            if plan == default:
+            if plan in defaults:
                 require_default(trial)
             if trial.outcome.status is Status.OK:
                 timed[plan] = trial.outcome
@@ -198,6 +198,6 @@ def _winners(task: Task, target: Target, timed: Mapping[Plan, Outcome], logbook:
             source_digest=logbook.source_digest(task.spec, plan),
             space_digest=space_digest(task.spec, plan.backend),
             policy=target.policy,
-            environment=logbook.environment,
+            environment=logbook.environment_of(plan),
         )
     ]

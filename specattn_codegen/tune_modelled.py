@@ -97,7 +97,7 @@ def _compile(
     while not _is_settled(task, tried | compiled.keys(), compiled, target) and (plans := search.ask(BATCH)):
         tried.update(plans)
         for trial in logbook.run(pool, [compile_trial(spec, plan, target) for plan in plans], predict):
-            if trial.plan == space.default_plan(spec, arch, target.backend):
+            if trial.plan == space.default_plan(spec, arch, trial.plan.backend):
                 require_default(trial)
             value: float | None = None
             if trial.outcome.status is Status.OK:
@@ -121,7 +121,18 @@ def _listen(search: Proposer, compiled: dict[Plan, tuple[Resources, ...]]) -> No
 
 
 def _is_settled(task: Task, tried: Set[Plan], compiled: Mapping[Plan, tuple[Resources, ...]], target: Target) -> bool:
-    """Whether at no size a plan that was not tried is guessed to be faster than the best that was compiled."""
+    """Whether at no size a plan that was not tried is guessed to be faster than the best that was compiled, for each
+    backend on its own, as what one has may not be what a pack can take."""
+    by_backend = {
+        one: {plan: taken for plan, taken in compiled.items() if plan.backend == one.backend}
+        for one in target.each(task.spec)
+    }
+    return all(_backend_is_settled(task, tried, theirs, one) for one, theirs in by_backend.items())
+
+
+def _backend_is_settled(
+    task: Task, tried: Set[Plan], compiled: Mapping[Plan, tuple[Resources, ...]], target: Target
+) -> bool:
     if not compiled or not cost_model.covers(task.spec, target.backend):
         return False
     for workload in task.workloads:
@@ -175,9 +186,7 @@ def prove_winners(
     pool: Pool,
 ) -> None:
     """A winner that fails its proof is dropped and the next best takes its place, until all stand or time ends."""
-    if target.backend not in INTERPRETED:
-        return
-    standing = dict(compiled)
+    standing = {plan: taken for plan, taken in compiled.items() if plan.backend in INTERPRETED}
     while not budget.is_spent:
         winners = {workload: choose(task, workload, standing, target) for workload in task.workloads}
         unproved = {plan: workload for workload, plan in winners.items() if plan and plan not in proved}
@@ -233,5 +242,5 @@ def _entry(
         resources=resources,
         source_digest=logbook.source_digest(spec, plan),
         space_digest=space_digest(spec, plan.backend),
-        environment=logbook.environment,
+        environment=logbook.environment_of(plan),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from specattn_codegen import environment, pack, record
+from specattn_codegen import environment, pack, record, space
 from specattn_codegen.arch import Arch
 from specattn_codegen.digest import digest
 from specattn_codegen.environment import Environment
@@ -44,14 +44,20 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is tuned for. is_present: the processor is here, so that its kernels are timed rather than modelled; mode:
-    how they are launched then."""
+    """What is tuned for.
+
+    backend     whose default plan comes first
+    is_present  the processor is here, so that its kernels are timed rather than modelled
+    mode        how they are launched then
+    further     backends that are searched beside it, where they serve a kernel
+    """
 
     arch: Arch
     backend: Backend
     is_present: bool
     page_size: int
     mode: Mode = "eager"
+    further: tuple[Backend, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode == "graph" and not self.arch.is_gpu:
@@ -60,6 +66,15 @@ class Target:
     @property
     def policy(self) -> str:
         return policy(self.mode)
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        return self.backend, *self.further
+
+    def each(self, spec: KernelSpec) -> tuple[Target, ...]:
+        """The same with one backend alone, for every one that serves a kernel; the first is not asked whether."""
+        served = (self.backend, *(one for one in self.further if space.why_unserved(spec, self.arch, one) is None))
+        return tuple(dataclasses.replace(self, backend=backend, further=()) for backend in served)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +250,12 @@ class Logbook:
     def source_digest(self, spec: KernelSpec, plan: Plan) -> str:
         return render_for(spec, plan, self.target.arch).digest
 
+    def environment_of(self, plan: Plan) -> Environment:
+        """Raises BuildError where the plan's backend is not installed."""
+        if plan.backend == self.target.backend:
+            return self.environment
+        return dataclasses.replace(self.environment, compiler=environment.compiler_version(plan.backend))
+
     def blank(self, trial: Trial) -> Record:
         """What a trial's record will say of it, before its outcome is known."""
         return Record(
@@ -244,7 +265,7 @@ class Logbook:
             plan=trial.plan,
             source_digest=self.source_digest(trial.spec, trial.plan),
             silicon=environment.silicon(self.target.arch),
-            environment=self.environment,
+            environment=self.environment_of(trial.plan),
             page_size=self.target.page_size if trial.stage == "measure" else 0,
             policy=self.target.policy if trial.stage == "measure" else "",
             outcome=Outcome(status=Status.INVALID, detail="not tried"),

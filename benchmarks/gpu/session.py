@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from specattn_codegen import cpu_info, gpu_detect, measure
 from specattn_codegen.arch import Arch
 from specattn_codegen.measure import Launch, Timer, device_of
 from specattn_codegen.outcome import Timing
+from specattn_codegen.plan import Backend
 from specattn_codegen.space import backends_for
 from specattn_codegen.tune_session import Target
 
@@ -60,8 +62,10 @@ class Session:
 
     @property
     def target(self) -> Target:
-        backend = backends_for(self.arch)[0]
-        return Target(arch=self.arch, backend=backend, is_present=True, page_size=PAGE_SIZE)
+        """Every backend of the processor that is installed, the usual one first."""
+        served = backends_for(self.arch)
+        further: tuple[Backend, ...] = tuple(one for one in served[1:] if importlib.util.find_spec(one))
+        return Target(arch=self.arch, backend=served[0], is_present=True, page_size=PAGE_SIZE, further=further)
 
     def label(self, answer: Answer) -> dict[str, object]:
         """An answer that says what it is not."""

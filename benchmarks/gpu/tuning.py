@@ -22,7 +22,7 @@ from specattn_codegen.record import Record
 from specattn_codegen.shortlist import Shortlisted, shortlist
 from specattn_codegen.spec import KernelSpec, ScoreHeads, Workload
 from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import Budget, Logbook, Task
+from specattn_codegen.tune_session import Budget, Logbook, Target, Task
 from specattn_codegen.worker import WorkerPool
 from specattn_codegen.workforce import Pool, processes
 from specattn_codegen.workloads import (
@@ -39,6 +39,7 @@ SEED = 0
 TASK_SECONDS = 60.0
 BUILD_SECONDS = 90.0
 MOST_BUILDERS = 14
+FEWER = 4  # times; plans of a backend beside the usual one
 
 
 def steps(session: Session) -> Steps:
@@ -102,7 +103,7 @@ def tune_one(session: Session, task: Task, builders: WorkerPool[Ahead], pools: M
     """Builds and proves the shortlist on all cores, then times it alone; the winner goes to the folder's packs."""
     target = dataclasses.replace(session.target, arch=rated(session))
     (workload,) = task.workloads
-    plans = shortlist(task.spec, workload, target.arch, target.backend, count=session.sizes.plans_timed)
+    plans = candidates(task.spec, workload, target, session.sizes.plans_timed)
     build(session, task, plans, builders)
     book = Logbook.open(target, task.spec.heads, session.journal.folder / TRIALS)
     won: list[Entry] = []
@@ -120,6 +121,14 @@ def tune_one(session: Session, task: Task, builders: WorkerPool[Ahead], pools: M
     if won:
         pack.publish(session.journal.folder / "packs", target.arch, task.spec.heads, won)
     return session.label({"plans": len(plans), "winners": [to_plain(entry) for entry in won]})
+
+
+def candidates(spec: KernelSpec, workload: Workload, target: Target, count: int) -> list[Plan]:
+    """`count` plans of the usual backend, and a few of each other one that serves the kernel."""
+    usual, *others = target.each(spec)
+    few = max(1, count // FEWER)
+    asked = [(usual, count), *((other, few) for other in others)]
+    return [plan for one, most in asked for plan in shortlist(spec, workload, one.arch, one.backend, count=most)]
 
 
 def build(session: Session, task: Task, plans: Sequence[Plan], builders: WorkerPool[Ahead]) -> None:

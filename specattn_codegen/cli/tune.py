@@ -17,6 +17,7 @@ from specattn_codegen.claims import own_device
 from specattn_codegen.cli import console, tune_all_models, tune_bundle
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
+from specattn_codegen.cli.rivals import find_rivals, rivals_table
 from specattn_codegen.cli.tune_replay import replay
 from specattn_codegen.cli.tune_request import TIMING, Request, find_budget, options, require_writable
 from specattn_codegen.environment import device_name
@@ -39,6 +40,7 @@ Examples:
   specattn-tune --heads 32,8,128 --gpu cpu --dtype bfloat16 --timeout 120 --out ./packs
   specattn-tune --heads 32,8,128 --gpu cpu --storage journal:studies.log --report tuning.html
   specattn-tune --heads 32,8,128 --gpu h100 --explain
+  specattn-tune --model llama3-8b --gpu h100 --backend all
   specattn-tune all-models --gpu a100                 every registered model; goes on where it stopped
 
 \b
@@ -144,7 +146,7 @@ def tune_all(
     screen.print(
         f"{named} on {target.arch.name} ({how}), {dtype}, at most {budget.trials} trials a search", markup=False
     )
-    if target.backend == "tilelang" and not target.is_present:
+    if "tilelang" in target.backends and not target.is_present:
         screen.print("TileLang is proved on a GPU only: what is found is recorded, and no pack takes it", markup=False)
     started = time.monotonic()
     progress = TuningProgress(screen, sum(map(len, searches)))
@@ -164,6 +166,8 @@ def show(screen: Console, progress: TuningProgress, target: Target, packs: list[
     if not progress.winners:
         return
     screen.print(closing_table(progress.winners))
+    if rivals := find_rivals(progress.winners, [trial for _, trial in progress.trials]):
+        screen.print(rivals_table(rivals))
     device = device_name(target.arch) if target.is_present else target.arch.name
     for line in closing_lines([path for path in packs if path.exists()], device, progress.winners):
         screen.print(line, markup=False, soft_wrap=True)

@@ -41,15 +41,18 @@ def explain(request: Request, kinds: Sequence[HeadConfig], target: Target, scree
 
 
 def explanation(spec: KernelSpec, workload: Workload, target: Target) -> Table:
-    default = space.default_plan(spec, target.arch, target.backend)
-    choice = ranked(spec, workload, target.arch, target.backend)[0]
+    """The terms of every backend's default plan and of the plan that the model likes best of all of that backend's."""
     table = Table(box=box.SIMPLE, title=f"{spec.name} {workload.name}", title_justify="left")
     for name in ("plan", "term", "bound by"):
         table.add_column(name)
     for name in ("time", "share", "of ceiling"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, plan in (("default", default), ("the model's choice", choice)):
-        _add_rows(table, label, plan, _predict(spec, workload, plan, target))
+    for one in target.each(spec):
+        default = space.default_plan(spec, one.arch, one.backend)
+        choice = ranked(spec, workload, one.arch, one.backend)[0]
+        named = f"{one.backend}, " if target.further else ""
+        for label, plan in ((f"{named}default", default), (f"{named}the model's choice", choice)):
+            _add_rows(table, label, plan, _predict(spec, workload, plan, one))
     return table
 
 

@@ -84,7 +84,7 @@ def figures(target: Target, progress: TuningProgress) -> list[dict[str, str]]:
         },
         {
             "title": "Settings tried",
-            "note": f"One line a plan over the positions of its settings; the faster, the darker.{left_out}",
+            "note": f"A line a plan of {target.backend}, over its settings; the faster, the darker.{left_out}",
             "svg": _svg(_parallel(shown, target)),
         },
         {
@@ -154,7 +154,12 @@ def _parallel(searches: dict[Task, list[Record]], target: Target) -> Figure:
     for panel, (task, trials) in zip(panels, searches.items(), strict=True):
         axes = [axis for axis in space.axes(task.spec, target.backend) if len(axis.values) > 1]
         timed = sorted(
-            ((time, trial) for trial in trials if (time := time_us(trial)) is not None), key=lambda one: -one[0]
+            (
+                (time, trial)
+                for trial in trials
+                if trial.plan.backend == target.backend and (time := time_us(trial)) is not None
+            ),
+            key=lambda one: -one[0],
         )
         for rank, (_, trial) in enumerate(timed):
             heights = [axis.values.index(trial.plan[axis.name]) / (len(axis.values) - 1) for axis in axes]

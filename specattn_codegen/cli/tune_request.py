@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import click
 import torch
@@ -25,6 +25,7 @@ from specattn_codegen.tune_session import Budget, Target, Task
 from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
 
 DEFAULT_PAGE_SIZE = 16
+ALL_BACKENDS = "all"
 DEFAULT_TRIALS = {"modelled": 8, "measured": 12}  # beyond 8 the model finds less than it errs by
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -38,7 +39,11 @@ OPTIONS = (
     click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales."),
     click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page."),
     click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks that share the heads."),
-    click.option("--backend", type=click.Choice(BACKENDS), help="Kernel language. [cpu or triton]"),
+    click.option(
+        "--backend",
+        type=click.Choice((*BACKENDS, ALL_BACKENDS)),
+        help="Kernel language, or all that run there, each searched with as many trials. [cpu or triton]",
+    ),
 )
 TIMING = click.option(
     "--timing",
@@ -61,7 +66,7 @@ class Request:
     kv_dtype: KvDtype | None
     page_size: int
     tp: int
-    backend: Backend | None
+    backend: Backend | Literal["all"] | None
 
     def target(self) -> Target:
         """Raises SpecError for an option that means nothing."""
@@ -90,11 +95,13 @@ def options(command: Command) -> Command:
     return command
 
 
-def find_target(gpu: str, wanted: Backend | None, page_size: int) -> Target:
+def find_target(gpu: str, wanted: Backend | Literal["all"] | None, page_size: int) -> Target:
     if page_size < 1:
         raise SpecError(f"--page-size {page_size}: must be at least 1 key; {DEFAULT_PAGE_SIZE} is usual")
     arch, is_present = find_arch(gpu)
     served = space.backends_for(arch)
+    if wanted == ALL_BACKENDS:
+        return Target(arch=arch, backend=served[0], is_present=is_present, page_size=page_size, further=served[1:])
     if wanted is not None and wanted not in served:
         raise SpecError(f"--backend {wanted}: does not run on {arch.name}; use {', '.join(served)}, or leave it out")
     return Target(arch=arch, backend=wanted or served[0], is_present=is_present, page_size=page_size)

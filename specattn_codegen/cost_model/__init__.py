@@ -32,14 +32,15 @@ __all__ = [
     "why_unfit",
 ]
 
-GUESSED_OVERHEAD = 48  # registers a thread for addresses and loop state
+# Registers a thread for addresses, operands and loop state: as binaries of default plans take, on top of accumulators.
+GUESSED_OVERHEAD = {"triton": 48, "tilelang": 144}
 SCORES_HELD = 32  # of a thread of a selection, with which it spilled 0 to 32 bytes
 SPILLED_BYTES = 28  # for every further one: with 64 it spilled 832 to 1000 bytes
 
 
 def covers(spec: KernelSpec, backend: Backend) -> bool:
     """Whether the model ranks this kernel's plans before they are compiled."""
-    return backend == "triton" or (backend == "cpu" and spec.op != "select_kv")
+    return backend != "cpu" or spec.op != "select_kv"
 
 
 def predict(
@@ -111,7 +112,7 @@ def guess_resources(spec: KernelSpec, plan: Plan, arch: Arch) -> tuple[Resources
     if spec.op == "select_kv":
         return (_guess_selection(plan, arch),)
     tiles = tilelang if plan.backend == "tilelang" else triton
-    registers = min(255, tiles.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD)
+    registers = min(255, tiles.accumulator_registers(plan, spec, arch) + GUESSED_OVERHEAD[plan.backend])
     attend = _guess("attend_splits", registers=registers, smem_bytes=tiles.smem_bytes(plan, spec, arch), plan=plan)
     others = tuple(
         Resources(kernel=name, registers=64, spill_bytes=0, smem_bytes=16384, num_warps=4, binary_bytes=0)

@@ -22,6 +22,7 @@ __all__ = [
     "for_mixed",
     "reentrant",
     "why_invalid",
+    "why_unserved",
 ]
 
 _SPACES: dict[Backend, ModuleType] = {"cpu": cpu, "triton": triton, "tilelang": tilelang}
@@ -65,7 +66,7 @@ def reentrant(plan: Plan) -> Plan:
 
 def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     """The first rule the plan breaks, as a sentence; None for a plan that may be built."""
-    reason = _why_unserved(spec, arch, plan.backend)
+    reason = why_unserved(spec, arch, plan.backend)
     if reason is not None:
         return reason
     choices = {axis.name: axis.values for axis in axes(spec, plan.backend)}
@@ -78,7 +79,8 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     return _SPACES[plan.backend].why_invalid(plan, spec, arch)
 
 
-def _why_unserved(spec: KernelSpec, arch: Arch, backend: Backend) -> str | None:
+def why_unserved(spec: KernelSpec, arch: Arch, backend: Backend) -> str | None:
+    """Why a backend has no plan for a kernel at all, with the nearest thing that serves it."""
     if backend not in backends_for(arch):
         return f"backend {backend} does not run on {arch.name}"
     return tilelang.why_unserved(spec) if backend == "tilelang" else None
@@ -86,7 +88,7 @@ def _why_unserved(spec: KernelSpec, arch: Arch, backend: Backend) -> str | None:
 
 def feasible(spec: KernelSpec, arch: Arch, backend: Backend) -> Iterator[Plan]:
     """Every valid plan, in the order of the axes."""
-    if _why_unserved(spec, arch, backend) is not None:
+    if why_unserved(spec, arch, backend) is not None:
         return
     space = axes(spec, backend)
     for values in itertools.product(*(axis.values for axis in space)):
