@@ -151,14 +151,14 @@ def test_a_plan_outside_todays_space_is_not_believed(tmp_path: Path, change: dic
     assert ladder.lookup(VERIFY, SMALL, ARCH, [tmp_path]) is None
 
 
-def test_an_operation_its_backend_does_not_have_is_not_believed(tmp_path: Path) -> None:
+def test_a_kernel_its_backend_does_not_serve_is_not_believed(tmp_path: Path) -> None:
     publish(tmp_path, entry(SELECT))
-    spec = dataclasses.replace(VERIFY, op="mixed_attention", selection="kv_head")
-    mixed = dataclasses.replace(entry(), spec=spec, plan=space.default_plan(VERIFY, ARCH, "tilelang"))
-    pack.write(tmp_path / "mixed.json", Pack(arch=silicon(ARCH), heads=HEADS, entries=(mixed,)))
-    (candidate,) = ladder.read(ARCH, HEADS, [tmp_path / "mixed.json"]).candidates
+    spec = dataclasses.replace(VERIFY, dtype="float32")
+    exact = dataclasses.replace(entry(), spec=spec, plan=space.default_plan(VERIFY, ARCH, "tilelang"))
+    pack.write(tmp_path / "exact.json", Pack(arch=silicon(ARCH), heads=HEADS, entries=(exact,)))
+    (candidate,) = ladder.read(ARCH, HEADS, [tmp_path / "exact.json"]).candidates
     assert candidate.why_unusable is not None
-    assert "mixed_attention" in candidate.why_unusable
+    assert "dtype=float32" in candidate.why_unusable
 
 
 WORKLOADS = st.builds(
