@@ -116,7 +116,7 @@ class Asked:
     "--batch", "batches", multiple=True, type=click.IntRange(min=1), help="May be repeated.  [default: 1, 4, 16]"
 )
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(min=64), help="Prompt tokens; repeatable.")
-@click.option("--seconds", default=6.0, show_default=True, help="Timing of one case, all its series together.")
+@click.option("--seconds", default=3.0, show_default=True, help="Timing of one case, all its series together.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="PATH", help="Write the results here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="PATH", help="Draw them: .png or .svg.")

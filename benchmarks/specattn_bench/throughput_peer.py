@@ -18,7 +18,7 @@ from specattn_codegen.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
 from specattn_runtime.generation import RequestResult
 
-GENERATED = 8  # tokens in its turn
+GENERATED = 5  # tokens in its turn
 
 
 def in_transformers(subject: Subject, dtype: Dtype) -> Any:

@@ -18,6 +18,7 @@ from specattn_codegen.measure import summary
 from specattn_codegen.outcome import Timing
 from specattn_runtime.draft_length import RoundCosts, expected_tokens
 from specattn_runtime.generation import RequestResult, first_difference
+from specattn_runtime.presets import preset_named
 
 DENSE, GENERATE, SCORELESS = "dense", "transformers generate", "streaming"
 PHASES = ("draft", "verify", "select", "other")
@@ -28,7 +29,8 @@ COLUMNS = (
 LONGEST_DRAFT = 16  # that is considered for the best
 LEGEND = (
     "round: one pass over the whole cache, with its drafts. parts: draft, verify, select and other, percent of it.",
-    "overhead: selection, and what verification takes longer than that of streaming, which has no scores.",
+    "overhead: selection, and what verification takes longer than that of streaming, which has no scores; quest's is",
+    "part of its drafts.",
     "tokens: of a request, a round. formula: tokens * dense step / (drafts * draft step + verify + select), of the",
     "medians of the same run; perfect: the same if every draft held; best: the same for the best draft length, in",
     "brackets, if drafts go on to hold as often and a verified row costs what it costs here.",
@@ -156,7 +158,8 @@ def _standing(line: Line, beside: Mapping[str, Line]) -> Standing:
     costs = sum(line.phases.get(name, 0.0) for name in ("draft", "verify", "select"))
     speed = dense.seconds / costs if dense and drafts else None
     best_len, best = best_draft_len(line, dense) if dense and drafts else (None, None)
-    scores = line.phases["verify"] - scoreless.phases["verify"] if scoreless and drafts else None
+    in_drafts = drafts and preset_named(line.series).uses_page_bounds  # which select at every step of their own
+    scores = line.phases["verify"] - scoreless.phases["verify"] if scoreless and drafts and not in_drafts else None
     return Standing(
         line=line,
         times_dense=line.rate / dense.rate if dense else None,
