@@ -59,7 +59,7 @@ def test_default_plans_compile_and_fit(name: str) -> None:
         *(f"{kernel}.{kind}" for kernel in expected for kind in ("cu", "cubin")),
     }
     for binary in tilelang_compile.read_manifest(folder):
-        assert {name for _, name in binary.parameters} >= {"cu_q", "kv_lens"}
+        assert "cu_q" in {name for _, name in binary.parameters}
         assert (folder / f"{binary.name}.cubin").read_bytes()[:4] == b"\x7fELF"
 
 
