@@ -1,0 +1,51 @@
+"""Seeds: what a search begins with after the default, from the cost model and from packs of its kin."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pack_cases import ARCH, SCORED, SMALL, VERIFY, entry, publish
+from specattn_codegen import gpus, space
+from specattn_codegen.plan import Plan
+from specattn_codegen.seeds import KIN_SEEDS, model_seeds, seeds_for
+from specattn_codegen.spec import Workload
+from specattn_codegen.tune_session import Target, Task
+
+TARGET = Target(arch=ARCH, backend="triton", is_present=True, page_size=16)
+TASK = Task(spec=VERIFY, workloads=(SMALL,))
+DEFAULT = space.default_plan(VERIFY, ARCH, "triton")
+OTHERS = [plan for plan in space.feasible(VERIFY, ARCH, "triton") if plan not in model_seeds(TASK, TARGET)]
+
+
+def kin(root: Path, *sizes: tuple[Workload, Plan], arch: str = ARCH.name) -> None:
+    publish(root, *(dataclasses.replace(entry(workload=size), plan=plan) for size, plan in sizes), arch=gpus.find(arch))
+
+
+def test_the_model_comes_first_then_the_nearest_size_here_then_siblings(tmp_path: Path) -> None:
+    near, far = Workload(batch=1, q_len=7, kv_len=8192), Workload(batch=16, q_len=7, kv_len=131072)
+    kin(tmp_path, (SMALL, OTHERS[30]), arch="h200")
+    kin(tmp_path, (far, OTHERS[10]), (near, OTHERS[20]))
+    seeds = seeds_for(TASK, TARGET, [tmp_path])
+    assert seeds == [*model_seeds(TASK, TARGET), OTHERS[20], OTHERS[10], OTHERS[30]]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_kin_are_few_of_this_very_kernel_and_feasible_here(tmp_path: Path) -> None:
+    sizes = [Workload(batch=1, q_len=7, kv_len=4096 << doubling) for doubling in range(6)]
+    kin(tmp_path, *zip(sizes, OTHERS[:60:10], strict=True))
+    damaged = tmp_path / "l40s" / f"{VERIFY.heads.name}.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    assert len(seeds_for(TASK, TARGET, [tmp_path])) == len(model_seeds(TASK, TARGET)) + KIN_SEEDS
+    scored = Task(spec=SCORED, workloads=(SMALL,))
+    assert seeds_for(scored, TARGET, [tmp_path]) == model_seeds(scored, TARGET)  # another kernel has no kin here
+    other = tmp_path / "elsewhere"
+    too_large = next(
+        plan
+        for plan in space.feasible(VERIFY, ARCH, "triton")
+        if space.why_invalid(plan, VERIFY, gpus.find("rtx4090")) is not None
+    )
+    kin(other, (SMALL, too_large))
+    small = Target(arch=gpus.find("rtx4090"), backend="triton", is_present=True, page_size=16)
+    assert too_large not in seeds_for(TASK, small, [other])
