@@ -101,7 +101,7 @@ def compare(
                 regrets(times, search(sweep.space, sampler, hints if seeded else [], trials, seed))
                 for seed in range(seeds)
             ]
-            answers.append({**known, "sampler": sampler, "seeded": seeded, **found(curves)})
+            answers.append({**known, "sampler": sampler, "seeded": seeded, "trials": trials, **found(curves)})
     return [*answers, {**known, "sampler": "blind", "seeded": False, **blind(times)}]
 
 
