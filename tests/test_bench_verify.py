@@ -15,7 +15,7 @@ from specattn_bench.ceilings import Ceilings
 from specattn_bench.plans import DEFAULT, Chosen, NotServedError
 from specattn_bench.roofline import floor_of, method_work
 from specattn_bench.timing import in_turn
-from specattn_bench.verify_series import SCORES, Asked, Case
+from specattn_bench.verify_series import READING, SCORES, Asked, Case
 from specattn_codegen import cpu_info, reference
 from specattn_codegen.check import Verdict
 from specattn_codegen.cost_model.floor import Work, least_work
@@ -54,7 +54,8 @@ def test_a_tiny_run_prints_writes_and_draws(
     best = answer["ceilings"]["best"]
     assert best["bandwidth_gbs"] == max(answer["ceilings"][when]["bandwidth_gbs"] for when in ("before", "after"))
     by_name = {result["series"]: result for result in answer["results"]}
-    assert list(by_name) == ["none", "ends-layer", *peers.PEERS]
+    assert list(by_name) == ["none", "ends-layer", READING, *peers.PEERS]
+    reading = by_name[READING]["median_us"]
     unscored = [by_name[name]["median_us"] for name in peers.PEERS if name != peers.WITH_SCORES]
     for result in by_name.values():
         assert result["status"] == "timed"
@@ -65,6 +66,7 @@ def test_a_tiny_run_prints_writes_and_draws(
             result["least_operations"] / best["tflops"]["float32"] / 1e6,
         )
         assert result["floor_us"] == pytest.approx(floor, abs=0.06)
+        assert result["share_of_reading"] == pytest.approx(reading / result["median_us"], rel=0.02)
         assert result["times_best_peer"] == pytest.approx(min(unscored) / result["median_us"], rel=0.02)
     plain, scored = by_name["none"], by_name["ends-layer"]
     assert scored["overhead_over_none"] == pytest.approx(scored["median_us"] / plain["median_us"] - 1, abs=0.02)
@@ -170,7 +172,7 @@ def test_what_a_backend_refuses_or_gets_wrong_is_not_timed(monkeypatch: pytest.M
     wrong, refused, *others = verify_measured.measure_case(question, case, cpu_info.detect(measure=False), 0.02)
     assert (wrong.timing, wrong.refused) == (None, "not served: wrong results, out 9")
     assert (refused.timing, refused.refused) == (None, "not served: ends are not made here")
-    assert [one.name for one in others] == list(peers.PEERS)
+    assert [one.name for one in others] == [READING, *peers.PEERS]
     assert all(one.timing and not one.refused for one in others)
 
 

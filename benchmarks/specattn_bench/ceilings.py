@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,28 @@ def measure(arch: Arch, dtypes: Sequence[Dtype], row_bytes: Sequence[int] = ()) 
         },
         gather_gbs={size: gather_gbs(arch, size) for size in dict.fromkeys(row_bytes)},
     )
+
+
+def reader(arch: Arch, like: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Reads a tensor, contiguous as `like` is, in the order of memory and on all threads, by the pattern of the read
+    ceiling that is fastest over `like`."""
+    library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=arch.target), arch.target, "the machine probe")
+    library.read_seconds.restype = ctypes.c_double
+    threads = torch.get_num_threads()
+    sink = torch.empty(threads)
+
+    def seconds(data: torch.Tensor, pattern: int) -> float:
+        floats = ctypes.c_int64(data.nbytes // 4)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (data, sink)]
+        return library.read_seconds(pointers[0], floats, threads, pattern, pointers[1])
+
+    trials = {pattern: min(seconds(like, pattern) for _ in range(REPEATS)) for pattern in range(library.patterns())}
+    fastest = min(trials, key=trials.__getitem__)
+
+    def read(data: torch.Tensor) -> None:
+        seconds(data, fastest)
+
+    return read
 
 
 def gather_gbs(arch: Arch, row_bytes: int) -> float:

@@ -125,6 +125,7 @@ def picture(path: Path, title: str, best: Ceilings, found: Sequence[Standing]) -
             gflops=one.gflops,
         )
         for one in found
+        if one.series.kind != "beside"
     ]
     bars = plots.Bars(
         label="the fastest torch layout",

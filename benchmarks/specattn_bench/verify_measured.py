@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from specattn_bench import peers
+from specattn_bench.ceilings import reader
 from specattn_bench.measured import SEED, built, inputs_of, launches, load, timed
 from specattn_bench.plans import DEFAULT, choose
 from specattn_bench.series import Contender
-from specattn_bench.timing import in_turn, turns
-from specattn_bench.verify_series import SCORES, Asked, Case, Series
+from specattn_bench.timing import Launch, in_turn, turns
+from specattn_bench.verify_series import READING, SCORES, Asked, Case, Series
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
-from specattn_codegen.cost_model.floor import least_work
+from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.kernel import Kernel
 from specattn_codegen.measure import rotated
 from specattn_codegen.problems import AttentionProblem, workload_problem
@@ -32,11 +36,25 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
             calls = [problem_call(kernel.spec, inputs_of(kernel.spec, copy)) for copy in copies]
             run = in_turn(launches(kernel, calls), turn)
         contenders.append((one, run))
+    contenders.append(_reading(case, copies, turn, arch))
     work = least_work(asked.spec(case, "none"), case.workload)
     for name, run in peers.peer_launches(asked.heads, problem, arch).items():
         scored = name == peers.WITH_SCORES
         contenders.append((Series(case=case, name=name, kind="peer", work=work, scored=scored), run))
     return timed(contenders, seconds)
+
+
+def _reading(case: Case, copies: Sequence[AttentionProblem], turn: Iterator[int], arch: Arch) -> Contender[Series]:
+    """Reading K and V as they lie and nothing else: what memory allows in the very turns of the others."""
+    caches = [(copy.k_cache, copy.v_cache) for copy in copies]
+    read = reader(arch, caches[0][0])
+
+    def over(cache: tuple[torch.Tensor, torch.Tensor]) -> Launch:
+        return lambda: [read(tensor) for tensor in cache]
+
+    work = Work(memory_bytes=sum(tensor.nbytes for tensor in caches[0]), operations=0)
+    series = Series(case=case, name=READING, kind="beside", work=work, scored=False)
+    return series, in_turn([over(cache) for cache in caches], turn)
 
 
 def _built(asked: Asked, case: Case, scores: str, arch: Arch) -> tuple[Series, Kernel | None]:

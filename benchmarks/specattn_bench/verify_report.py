@@ -11,8 +11,21 @@ from specattn_bench.runs import Run
 from specattn_bench.verify_series import Asked, Series
 from specattn_bench.verify_standing import Standing
 
-COLUMNS = ("series", "median", "20-80 %", "GB/s", "of read", "of floor", "of method", "over none", "x best", "x plain")
+COLUMNS = (
+    "series",
+    "median",
+    "20-80 %",
+    "GB/s",
+    "of reading",
+    "of read",
+    "of floor",
+    "of method",
+    "over none",
+    "x best",
+    "x plain",
+)
 LEGEND = (
+    "of reading: what only reading K and V in order takes, in turns with the others, over the median.",
     "of read: bytes of K and V a second, of the read ceiling. of floor: the longer of bytes at the read ceiling and",
     "operations at the multiply ceiling, over the median. of method: the same with what this way to scores adds.",
     "over none: beside ours without scores. x best, x plain: times as fast as the fastest torch layout without scores,",
@@ -43,6 +56,7 @@ def result(series: Series, standing: Standing | None) -> dict[str, object]:
         "least_operations": series.work.operations,
         "floor_us": round(standing.floor.microseconds, 1),
         "floor_is": standing.floor.bound,
+        "share_of_reading": tables.rounded(standing.share_of_reading),
         "share_of_read_ceiling": tables.rounded(standing.share_of_read),
         "share_of_floor": tables.rounded(standing.share_of_floor),
         "share_of_method_floor": tables.rounded(standing.method_share),
@@ -78,6 +92,7 @@ def _cells(standing: Standing) -> tuple[str, ...]:
     return (
         *tables.timing_cells(standing.timing),
         f"{standing.cache_gbs:.1f}",
+        f"{standing.share_of_reading:.0%}",
         f"{standing.share_of_read:.0%}",
         f"{standing.share_of_floor:.0%}",
         "" if standing.method_share is None else f"{standing.method_share:.0%}",

@@ -17,6 +17,7 @@ SCORES: dict[str, ScoreSpec | None] = {
     "ends-layer": ScoreSpec(rows="ends", heads="layer"),
     "all-kv_head": ScoreSpec(rows="all", heads="kv_head"),
 }
+READING = "reading K and V in order"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +72,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series(series.Series[Case]):
-    """name: of ours the score definition, one of SCORES; scored: whether it gives scores besides the output."""
+    """name: of ours the score definition, one of SCORES; scored: whether it gives scores besides the output; beside
+    is what only reads the caches."""
 
     scored: bool
 
     @property
     def label(self) -> str:
-        return self.name if self.kind == "peer" else f"ours, {self.name if self.scored else 'no scores'}"
+        return f"ours, {self.name if self.scored else 'no scores'}" if self.kind == "ours" else self.name

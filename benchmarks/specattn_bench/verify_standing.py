@@ -18,6 +18,7 @@ class Standing:
 
     cache_gbs           10^9 bytes of K and V a second, each counted once
     share_of_read       of the read ceiling of the same run
+    share_of_reading    the median of only reading K and V, in turns with the others, over this one's
     floor               the time that the least bytes and operations take at the ceilings
     share_of_floor      floor over median
     method_share        the same with what the plan's way to scores adds; ours with scores only
@@ -30,6 +31,7 @@ class Standing:
     timing: Timing
     cache_gbs: float
     share_of_read: float
+    share_of_reading: float
     floor: Floor
     share_of_floor: float
     method_share: float | None
@@ -59,6 +61,7 @@ def _standing(
 ) -> Standing:
     same = [(other, t.median_us) for other, t in timed if other.case == series.case]
     ours = {other.name: median for other, median in same if other.kind == "ours"}
+    reading = next(median for other, median in same if other.kind == "beside")
     theirs = {other.name: median for other, median in same if other.kind == "peer"}
     case, median = series.case, timing.median_us
     spec = asked.spec(case, series.name if series.kind == "ours" else "none")
@@ -74,6 +77,7 @@ def _standing(
         timing=timing,
         cache_gbs=rate,
         share_of_read=rate / ceilings.bandwidth_gbs,
+        share_of_reading=reading / median,
         floor=floor,
         share_of_floor=floor.microseconds / median,
         method_share=method_share,
