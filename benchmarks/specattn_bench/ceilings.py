@@ -4,6 +4,7 @@ random, and multiplying."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,26 +49,18 @@ def measure(arch: Arch, dtypes: Sequence[Dtype], row_bytes: Sequence[int] = ()) 
     )
 
 
-def reader(arch: Arch, like: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """Reads a tensor, contiguous as `like` is, in the order of memory and on all threads, by the pattern of the read
-    ceiling that is fastest over `like`."""
+def readers(arch: Arch) -> list[Callable[[torch.Tensor], None]]:
+    """The patterns of the read ceiling: each reads a contiguous tensor in the order of memory, on all threads."""
     library = cpu.load_library(render_text("cpu/probe.cpp.jinja", target=arch.target), arch.target, "the machine probe")
     library.read_seconds.restype = ctypes.c_double
     threads = torch.get_num_threads()
     sink = torch.empty(threads)
 
-    def seconds(data: torch.Tensor, pattern: int) -> float:
-        floats = ctypes.c_int64(data.nbytes // 4)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (data, sink)]
-        return library.read_seconds(pointers[0], floats, threads, pattern, pointers[1])
+    def read(pattern: int, data: torch.Tensor) -> None:
+        floats, pointers = ctypes.c_int64(data.nbytes // 4), [ctypes.c_void_p(one.data_ptr()) for one in (data, sink)]
+        library.read_seconds(pointers[0], floats, threads, pattern, pointers[1])
 
-    trials = {pattern: min(seconds(like, pattern) for _ in range(REPEATS)) for pattern in range(library.patterns())}
-    fastest = min(trials, key=trials.__getitem__)
-
-    def read(data: torch.Tensor) -> None:
-        seconds(data, fastest)
-
-    return read
+    return [functools.partial(read, pattern) for pattern in range(library.patterns())]
 
 
 def gather_gbs(arch: Arch, row_bytes: int) -> float:
