@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from specattn_codegen import shared_study, space
@@ -114,6 +116,7 @@ class Search:
         self._asked: dict[Plan, optuna.Trial] = {}
         self._penalised: list[optuna.Trial] = []  # until a real value says how much
         self._share = strategy.share
+        self._turns = contextlib.nullcontext() if self._share is None else self._share.turns()
         self._notes: list[str] = []
         self._heard_of: set[int] = set()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -207,17 +210,20 @@ class Search:
         return None
 
     def _ask(self) -> optuna.Trial:
-        trial = self._study.ask(
-            {axis.name: optuna.distributions.IntDistribution(0, len(axis.values) - 1) for axis in self._axes}
-        )
-        if self._share is not None:
-            trial.set_user_attr(shared_study.WORKER, self._share.worker)
+        positions: dict[str, BaseDistribution] = {
+            axis.name: IntDistribution(0, len(axis.values) - 1) for axis in self._axes
+        }
+        with self._turns:
+            trial = self._study.ask(positions)
+            if self._share is not None:
+                trial.set_user_attr(shared_study.WORKER, self._share.worker)
         return trial
 
     def _fixed(self, plan: Plan) -> optuna.Trial:
         """Makes the sampler ask for this very plan."""
-        self._study.enqueue_trial({axis.name: axis.values.index(plan[axis.name]) for axis in self._axes})
-        return self._ask()
+        with self._turns:
+            self._study.enqueue_trial({axis.name: axis.values.index(plan[axis.name]) for axis in self._axes})
+            return self._ask()
 
     def _take(self, trial: optuna.Trial) -> Plan | None:
         plan = self._plan_of(trial.params)
