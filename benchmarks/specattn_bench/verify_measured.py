@@ -50,8 +50,9 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
 def _readings(
     case: Case, copies: Sequence[AttentionProblem], turn: Iterator[int], arch: Arch
 ) -> list[Contender[Series]]:
-    """Only reading K and V as they lie, in several patterns: what this memory allows in the turns of the others."""
-    caches = [(copy.k_cache, copy.v_cache) for copy in copies]
+    """Only reading as many bytes of K and V, as they lie, in several patterns: what memory allows in the same turns."""
+    used = case.workload.batch * -(-case.workload.kv_len // copies[0].k_cache.shape[1])  # pages; the pool holds more
+    caches = [(copy.k_cache[:used], copy.v_cache[:used]) for copy in copies]
 
     def over(read: Callable[[torch.Tensor], None], cache: tuple[torch.Tensor, torch.Tensor]) -> Launch:
         return lambda: [read(tensor) for tensor in cache]
