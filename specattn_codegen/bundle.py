@@ -9,7 +9,7 @@ packs/            its winners
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.digest import canonical_json
 from specattn_codegen.environment import Silicon
 from specattn_codegen.errors import SpecError
+from specattn_codegen.heads import HeadConfig
 from specattn_codegen.jobs import render_for
 from specattn_codegen.measure import Mode
 from specattn_codegen.outbox import require_saved
@@ -136,21 +137,33 @@ def measure(
     found: list[Entry] = []
     for heads, group in itertools.groupby(bundle.wanted, key=lambda one: one.spec.heads):
         lists = {one.task: one.plans for one in group}
+        found += _measure_heads(folder, heads, lists, target, listener, budget, workforce)
+    return found
 
-        winners = winners_of(folder / PACKS, target, heads)
 
-        def publish(entries: Sequence[Entry]) -> None:
-            found.extend(entries)
-            winners.send(entries)  # noqa: B023 - called before the next group
+def _measure_heads(
+    folder: Path,
+    heads: HeadConfig,
+    lists: Mapping[Task, Sequence[Plan]],
+    target: Target,
+    listener: Listener,
+    budget: Budget,
+    workforce: Workforce,
+) -> list[Entry]:
+    found: list[Entry] = []
+    winners = winners_of(folder / PACKS, target, heads)
 
-        def search_for(task: Task) -> Shortlisted:
-            return Shortlisted(lists[task])  # noqa: B023 - called before the next group
+    def publish(entries: Sequence[Entry]) -> None:
+        found.extend(entries)
+        winners.send(entries)
 
-        logbook = Logbook.open(target, heads, folder / RECORDS)
-        try:
-            tune_measured(list(lists), target, budget, logbook, listener, publish, search_for, workforce)
-        finally:
-            require_saved(logbook.records, winners)
+    logbook = Logbook.open(target, heads, folder / RECORDS)
+    try:
+        tune_measured(
+            list(lists), target, budget, logbook, listener, publish, lambda task: Shortlisted(lists[task]), workforce
+        )
+    finally:
+        require_saved(logbook.records, winners)
     return found
 
 
