@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from specattn_codegen import huge_pages
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.kernel import Call, Kernel
@@ -45,7 +46,7 @@ Timer = Callable[[Launch], float]  # microseconds of one launch
 def policy(mode: Mode) -> str:
     """What a time means: part of a record's identity, to be changed with anything here that changes it."""
     how = {"eager": "launched one by one", "graph": "a CUDA graph"}
-    return f"interleaved blocks, data in turns, pinned threads, {how[mode]}, median"
+    return f"interleaved blocks, data in turns, huge pages on a host, pinned threads, {how[mode]}, median"
 
 
 def time_interleaved(
@@ -201,7 +202,7 @@ def rotated(problem: AttentionProblem, count: int) -> list[AttentionProblem]:
     pages, page_size = problem.k_cache.shape[:2]
     columns = torch.arange(problem.page_table.shape[1], device=problem.page_table.device)
     used = columns[None, :] * page_size < problem.kv_lens[:, None]
-    k_cache, v_cache = problem.k_cache.repeat(count, 1, 1, 1), problem.v_cache.repeat(count, 1, 1, 1)
+    k_cache, v_cache = _repeated(problem.k_cache, count), _repeated(problem.v_cache, count)
     return [
         dataclasses.replace(
             problem,
@@ -211,6 +212,13 @@ def rotated(problem: AttentionProblem, count: int) -> list[AttentionProblem]:
         )
         for turn in range(count)
     ]
+
+
+def _repeated(cache: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` times the pages of a cache, in such memory as the runtime's own cache has."""
+    pages = huge_pages.advise(cache.new_empty(count * cache.shape[0], *cache.shape[1:]))
+    pages.view(count, *cache.shape).copy_(cache.expand(count, *cache.shape))
+    return pages
 
 
 def _selection_calls(spec: KernelSpec, workload: Workload, arch: Arch, seed: int, device: str) -> tuple[Call, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from specattn_bench import (
@@ -48,5 +50,10 @@ group = click.Group(
 )
 
 
+# Torch's own switch, read at its first tensor: peers have the huge pages that our cache asks for.
+TORCH_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
+
 def main() -> None:
+    os.environ.setdefault(TORCH_HUGE_PAGES, "1")
     console.run(group)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from specattn_codegen import huge_pages
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_runtime.page_bounds import PageBounds
@@ -38,8 +39,10 @@ class PagedCache:
         self.page_size, self.num_pages = page_size, num_pages
         # Zeroed, so that the part of a page no request has written yet holds finite numbers.
         pool = (layers, num_pages, page_size, heads.num_kv_heads)
-        self.keys = torch.zeros(*pool, heads.head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*pool, heads.v_head_dim, dtype=dtype, device=device)
+        self.keys, self.values = (
+            huge_pages.advise(torch.zeros(*pool, dim, dtype=dtype, device=device))
+            for dim in (heads.head_dim, heads.v_head_dim)
+        )
         self.bounds = PageBounds(self.keys) if page_bounds else None
         self.page_table = torch.zeros(batch, num_pages, dtype=torch.int32, device=device)
         self.lengths = [0] * batch
@@ -101,10 +104,7 @@ class PagedCache:
         """Adds empty pages. Pools and page table move: views of them taken before no longer follow."""
         if num_pages < 1:
             raise SpecError(f"num_pages={num_pages}: must add at least 1 page")
-        self.keys, self.values = (
-            torch.cat([pool, pool.new_zeros(pool.shape[0], num_pages, *pool.shape[2:])], dim=1)
-            for pool in (self.keys, self.values)
-        )
+        self.keys, self.values = (_grown(pool, num_pages) for pool in (self.keys, self.values))
         if self.bounds is not None:
             self.bounds.grow(self.keys)
         self.page_table = torch.nn.functional.pad(self.page_table, (0, num_pages))
@@ -195,3 +195,11 @@ class PagedCache:
             self._holders[page] -= 1
             if not self._holders[page]:
                 self._free.append(page)
+
+
+def _grown(pool: torch.Tensor, num_pages: int) -> torch.Tensor:
+    """[layers, pages, ...] with empty pages after its own."""
+    layers, before, *page = pool.shape
+    grown = huge_pages.advise(pool.new_zeros(layers, before + num_pages, *page))
+    grown[:, :before] = pool
+    return grown
