@@ -29,6 +29,9 @@ class Arch:
     fp32_tflops          float32 vector rate
     clock_ghz            boost clock
     source               where the row was read from
+    cpu_model            vendor, family and model of a CPU, which tell its cores from others; empty for a GPU
+    fit                  what measurements have shown the cost model's terms to be off by here, a factor for each limit;
+                         empty for the model as it is
     """
 
     name: str
@@ -48,6 +51,8 @@ class Arch:
     fp32_tflops: float
     clock_ghz: float
     source: str
+    cpu_model: str = ""
+    fit: tuple[tuple[str, float], ...] = ()
 
     @property
     def is_gpu(self) -> bool:

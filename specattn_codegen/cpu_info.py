@@ -143,9 +143,19 @@ def _cached_rates(target: str, threads: int, cache_bytes: int, *, refresh: bool)
     return rates
 
 
-def like(target: str, cores: int, cache_bytes: int) -> Arch:
+def model() -> str:
+    """Vendor, family and model as the processor itself gives them, such as `AuthenticAMD 25 17`: a guest may not see
+    its product's name. Empty where the system does not say."""
+    facts = _cpuinfo()
+    x86, arm = ("vendor_id", "cpu family", "model"), ("CPU implementer", "CPU variant", "CPU part")
+    return " ".join(facts[name] for name in (*x86, *arm) if name in facts)
+
+
+def like(target: str, cores: int, cache_bytes: int, cpu_model: str) -> Arch:
     """A CPU that is not here, by what identifies it; its rates are this one's."""
-    return dataclasses.replace(detect(), target=target, num_sms=cores, l2_bytes=cache_bytes, source="a record")
+    return dataclasses.replace(
+        detect(), target=target, num_sms=cores, l2_bytes=cache_bytes, cpu_model=cpu_model, source="a record"
+    )
 
 
 @functools.cache
@@ -172,4 +182,5 @@ def detect(*, measure: bool = True, refresh: bool = False) -> Arch:
         fp32_tflops=rates["fp32_tflops"],
         clock_ghz=float(_cpuinfo().get("cpu MHz", 0.0)) / 1e3,
         source=f"this machine: {_cpuinfo().get('model name', platform.machine())}",
+        cpu_model=model(),
     )

@@ -19,7 +19,8 @@ from specattn_codegen.plan import Backend
 class Silicon:
     """The facts that tell one processor from another for a kernel; a product's name is not one of them.
 
-    The CPU's bandwidth is measured, so it is 0 here: what is measured cannot identify.
+    The CPU's bandwidth is measured, so it is 0 here: what is measured cannot identify. Its model is what tells it from
+    others of its instruction set, cores and caches; a GPU's compute capability does that.
     """
 
     name: str
@@ -30,11 +31,13 @@ class Silicon:
     smem_per_block: int
     l2_bytes: int
     bandwidth_gbs: float
+    cpu_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """compiler: what turned the source into a binary; device: the processor that ran it, None where none did."""
+    """compiler: what turned the source into a binary; device: the processor that ran it, None where none did; fit: of
+    the cost model that ranked it, by its digest, empty for the model as it is and where nothing was modelled."""
 
     specattn_codegen: str
     python: str
@@ -42,6 +45,7 @@ class Environment:
     compiler: str
     platform: str
     device: str | None
+    fit: str = ""
 
 
 def silicon(arch: Arch) -> Silicon:
@@ -54,6 +58,7 @@ def silicon(arch: Arch) -> Silicon:
         smem_per_block=arch.smem_per_block,
         l2_bytes=arch.l2_bytes,
         bandwidth_gbs=float(arch.bandwidth_gbs) if arch.is_gpu else 0.0,
+        cpu_model=arch.cpu_model,
     )
 
 
@@ -82,7 +87,12 @@ def own_version() -> str:
         return "source tree"
 
 
-def current(backend: Backend, device: str | None) -> Environment:
+def fit_digest(arch: Arch) -> str:
+    """Of what the cost model was fitted to be for a processor; empty for the model as it is."""
+    return digest(arch.fit) if arch.fit else ""
+
+
+def current(backend: Backend, device: str | None, fit: str = "") -> Environment:
     return Environment(
         specattn_codegen=own_version(),
         python=platform.python_version(),
@@ -90,4 +100,5 @@ def current(backend: Backend, device: str | None) -> Environment:
         compiler=compiler_version(backend),
         platform=f"{platform.system()} {platform.machine()}",
         device=device,
+        fit=fit,
     )

@@ -32,7 +32,7 @@ class SharingError(SpecAttnError):
 
 
 class PackError(SpecAttnError):
-    """A tuned-config pack that cannot be believed: wrong schema, wrong types, wrong digest."""
+    """A pack, or a fit of the cost model, that cannot be believed: wrong schema, wrong types, wrong digest."""
 
 
 class CheckpointError(SpecAttnError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -274,18 +272,4 @@ def locked(path: Path) -> filelock.FileLock:
 
 def write(path: Path, pack: Pack) -> None:
     """All or nothing; the folder is made where there is none. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, encode(pack))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    pack_file.write_whole(path, encode(pack))

@@ -1,12 +1,14 @@
 """A pack's file: how much of one is believed at all, schema versions and their migrations, digest, unknown fields.
 
-Knows JSON types only; pack.py makes objects of them.
+Knows JSON types only; pack.py makes objects of them. Fits of the cost model are believed by the same rules.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,22 +41,27 @@ def one_line(error: Exception) -> str:
 
 
 def read_plain(path: Path) -> Plain:
-    """A pack as JSON types of today's schema. Raises PackError in one line, and OSError for a file nobody can read.
+    """A pack as JSON types of today's schema. Raises PackError in one line, and OSError for a file nobody can read."""
+    return read_checked(path, "pack", _current)
 
-    A folder, a pipe or a device is never opened, and nothing is taken from a file whose digest is not its own.
+
+def read_checked(path: Path, kind: str, check: Callable[[Plain], Plain]) -> Plain:
+    """What `check`, which raises PackError, makes of a file's JSON object. Raises PackError in one line, and OSError.
+
+    A folder, a pipe or a device is never opened.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise PackError(f"{path}: not a regular file")
     if status.st_size > LARGEST_FILE:
-        raise PackError(f"{path}: {status.st_size} bytes; a pack has at most {LARGEST_FILE}")
+        raise PackError(f"{path}: {status.st_size} bytes; a {kind} has at most {LARGEST_FILE}")
     try:
         raw = msgspec.json.decode(path.read_bytes())
         if not isinstance(raw, dict):
             raise PackError("not a JSON object")
-        return _current(raw)
+        return check(raw)
     except (ValueError, RecursionError, PackError) as error:
-        raise PackError(f"{path}: not a pack, {one_line(error)}") from error
+        raise PackError(f"{path}: not a {kind}, {one_line(error)}") from error
 
 
 def _current(raw: Plain) -> Plain:
@@ -64,13 +71,21 @@ def _current(raw: Plain) -> Plain:
             f"schema_version {str(version)[:20]} where this version reads 1 to {SCHEMA_VERSION}; "
             "update specattn-codegen, or tune again"
         )
-    _require_tame(raw, DEEPEST)
-    if version >= 2 and raw.get("digest") != digest_of(raw):
-        raise PackError("its digest is not that of its contents: edited by hand or damaged; tune again")
+    if version >= 2:
+        require_own_digest(raw, "tune again")
+    else:
+        _require_tame(raw, DEEPEST)
     while version < SCHEMA_VERSION:
         raw = _MIGRATIONS[version](raw)
         version += 1
     return raw
+
+
+def require_own_digest(raw: Plain, remedy: str) -> None:
+    """Refuses an object that its writer did not leave so, and one that is not tame."""
+    _require_tame(raw, DEEPEST)
+    if raw.get("digest") != digest_of(raw):
+        raise PackError(f"its digest is not that of its contents: edited by hand or damaged; {remedy}")
 
 
 def _require_tame(value: object, depth: int) -> None:
@@ -107,6 +122,21 @@ def digest_of(plain: Plain) -> str:
 def to_text(plain: Plain) -> str:
     """Sorted and indented, with its own digest."""
     return _indented({**plain, "digest": digest_of(plain)}, "") + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing; the folder is made where there is none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
 
 
 def _indented(value: object, indent: str) -> str:

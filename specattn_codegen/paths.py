@@ -44,6 +44,11 @@ def user_packs_dir() -> Path:
     return Path(platformdirs.user_config_dir("specattn")) / "tuned_configs"
 
 
+def user_fits_dir() -> Path:
+    """Of what measurements made of the cost model, a file for each processor."""
+    return Path(platformdirs.user_config_dir("specattn")) / "fits"
+
+
 def site_packs_dir() -> Path:
     """For all users of a machine, as its administrator fills it."""
     return Path(platformdirs.site_config_dir("specattn")) / "tuned_configs"

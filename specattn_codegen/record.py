@@ -33,6 +33,7 @@ class Identity(NamedTuple):
     page_size: int
     policy: str
     specattn_codegen: str  # another version may prove more
+    fit: str  # what predictions rest on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,7 @@ class Record:
             self.page_size,
             self.policy,
             self.environment.specattn_codegen,
+            self.environment.fit if self.stage == "compile" else "",
         )
 
     def summary(self) -> str:

@@ -58,4 +58,5 @@ def arch_of(found: Silicon) -> Arch:
         smem_per_block=found.smem_per_block,
         l2_bytes=found.l2_bytes,
         bandwidth_gbs=found.bandwidth_gbs,
+        cpu_model=found.cpu_model,
     )

@@ -46,12 +46,14 @@ def plan_tasks(kernels: Sequence[tuple[KernelSpec, tuple[Workload, ...]]], targe
 
 
 def study_name(task: Task, target: Target) -> str:
-    """Equal for searches whose values compare: the same silicon, kernel, sizes, space, templates and measurement."""
+    """Equal for searches whose values compare: the same silicon, kernel, sizes, space, templates and measurement, or
+    cost model."""
     spec, arch = task.spec, target.arch
     default = space.default_plan(spec, arch, target.backend)
     source = render_for(spec, default, arch).digest
     axes = space_digest(spec, target.backend)
-    identity = digest(environment.silicon(arch), spec, task.workloads, axes, source, target.page_size, target.policy)
+    silicon, fit = environment.silicon(arch), "" if target.is_present else environment.fit_digest(arch)
+    identity = digest(silicon, fit, spec, task.workloads, axes, source, target.page_size, target.policy)
     return f"{arch.name} {spec.heads.name} {task.name} {identity}"
 
 

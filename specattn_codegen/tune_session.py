@@ -201,7 +201,8 @@ class Logbook:
         """Of the trials in `path`, or in the cache's file for these heads."""
         path = path or record.records_path(target.arch, heads)
         device = environment.device_name(target.arch) if target.is_present else None
-        book = cls(target, path, environment.current(target.backend, device))
+        fit = "" if target.is_present else environment.fit_digest(target.arch)
+        book = cls(target, path, environment.current(target.backend, device, fit))
         for trial in record.read(path):
             book._keep(trial)
         return book

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -82,11 +83,13 @@ def test_packs_that_are_named_go_before_those_of_the_environment(
         load_kernels(HEADS, packs=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("change", [{"num_sms": HERE.num_sms + 1}, {"cpu_model": "another maker's 6 143"}])
 def test_a_siblings_entry_is_warned_about_once_and_counts_as_tuned(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
 ) -> None:
+    """Another processor of the same instruction set: of another size, or of another model, whose cores differ."""
     _, other = plans()
-    path = published(tmp_path, other, dataclasses.replace(HERE, num_sms=HERE.num_sms + 1))
+    path = published(tmp_path, other, dataclasses.replace(HERE, **change))
     with caplog.at_level(logging.WARNING, logger="specattn"):
         kernels = load_kernels(HEADS, packs=tmp_path, strict=True)
         assert rung_of(kernels) == "sibling"

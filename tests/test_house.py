@@ -21,7 +21,7 @@ RUNTIME = Path(specattn_runtime.__file__).parent
 TUNER = {
     *("tune", "tune_session", "tune_measured", "tune_modelled", "search", "shortlist", "jobs", "worker"),
     *("workforce", "seeds", "shared_study"),
-    *("measure", "conditions", "prove", "record", "cost_model", "cli"),
+    *("measure", "conditions", "prove", "record", "cost_model", "model_fit", "cli"),
 }
 
 

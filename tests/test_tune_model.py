@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from specattn_codegen import environment, gpus, record, space
+from specattn_codegen import environment, gpus, model_fit, pack_file, record, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.cli.progress import microseconds
-from specattn_codegen.cost_model import guess_resources, predict
-from specattn_codegen.cost_model.calibration import terms_by_limit
+from specattn_codegen.cost_model import guess_resources, latency_us, predict
+from specattn_codegen.cost_model.calibration import Agreement, terms_by_limit
+from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.measure import summary
+from specattn_codegen.model_fit import ModelFit
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
 from specattn_codegen.shortlist import ranked
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_session import Logbook, Target, measure_trial
+from specattn_codegen.tune_session import Logbook, Target, compile_trial, measure_trial
+from specattn_codegen.workloads import default_workloads
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=64)
 SPEC = KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16)
 SIZES = (Workload(batch=1, q_len=1, kv_len=4096), Workload(batch=16, q_len=1, kv_len=32768))
 H100 = Target(arch=gpus.find("h100"), backend="triton", is_present=True, page_size=16)
 PLANS = list(space.feasible(SPEC, H100.arch, "triton"))[::40]
+
+
+@pytest.fixture(autouse=True)
+def own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
@@ -70,6 +79,115 @@ def test_calibrating_finds_the_factors_that_measurements_speak_for(
     found = {name: float(value) for name, value in re.findall(r"(\w+) x ([\d.]+)", shown)}
     for limit, factor in factors.items():
         assert found[limit] == pytest.approx(factor, rel=0.1)  # held back a little by the belief in the model
+
+
+def test_a_fit_is_written_and_then_taken_for_its_processor_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    for trial in (slower(plan, size, {"memory": 1.5, "launch": 2.0}) for size in SIZES for plan in PLANS):
+        record.append(path, trial)
+    assert run(monkeypatch, "--calibrate", str(path)) == 0
+    kept = tmp_path / "config" / "specattn" / "fits" / "h100.json"
+    assert f"fit: {kept}" in capsys.readouterr().out
+    factors = model_fit.load(kept, H100.arch).factors
+    fitted = model_fit.fitted(H100.arch)
+    assert dict(fitted.fit) == factors
+    for plan in PLANS:
+        resources = guess_resources(SPEC, plan, H100.arch)
+        terms = terms_by_limit(predict(SPEC, SIZES[1], plan, H100.arch, resources))
+        expected = sum(factors[limit] * microseconds for limit, microseconds in terms.items())
+        assert predict(SPEC, SIZES[1], plan, fitted, resources).latency_us == pytest.approx(expected)
+        assert latency_us(SPEC, SIZES[1], plan, fitted, resources) == pytest.approx(expected)
+
+    asked = ("--heads", "8,2,64", "--op", "select_kv", "--explain")
+    said = f"fitted to measurements on h100 (fit {environment.fit_digest(fitted)}"
+    assert run(monkeypatch, *asked, "--gpu", "h100") == 0
+    shown = capsys.readouterr().out
+    assert said in shown
+    select = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")
+    size = default_workloads(select, fitted)[0]
+    best = ranked(select, size, fitted, "triton")[0]
+    prediction = predict(select, size, best, fitted, guess_resources(select, best, fitted))
+    assert microseconds(prediction.latency_us) in shown
+    assert run(monkeypatch, *asked, "--gpu", "a100") == 0
+    assert "fitted" not in capsys.readouterr().out
+    assert run(monkeypatch, *asked, "--gpu", "a100", "--fit", str(kept)) == 2
+    assert "fitted to h100, another processor than this a100" in capsys.readouterr().err
+
+
+def written_fit(path: Path, **changes: object) -> Path:
+    """A fit of the H100, changed and written with the digest of what it then says."""
+    agreement = Agreement(cases=2, plans=8, rank_correlation=0.9, regret=0.1, error=0.2)
+    whole = ModelFit(
+        arch=environment.silicon(H100.arch),
+        model=model_fit.model_digest(),
+        factors={"memory": 1.5},
+        as_it_is=agreement,
+        fitted=agreement,
+    )
+    model_fit.write(path, whole)
+    assert model_fit.load(path, H100.arch) == whole
+    path.write_text(pack_file.to_text({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+BAD_FITS: dict[str, dict[str, object]] = {
+    "must be from 0.1 to 10": {"factors": {"memory": 1e9}},
+    "Expected `object`": {"factors": [1.5]},
+    "schema_version 2 where": {"schema_version": 2},
+    "another version of the cost model": {"model": "of last year"},
+    "nested more than": {"note": json.loads("[" * 40 + "]" * 40)},
+}
+
+
+@pytest.mark.parametrize("said", BAD_FITS)
+def test_a_bad_fit_is_an_error_where_named_and_one_warning_where_found(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written_fit(model_fit.user_path(H100.arch), **BAD_FITS[said])
+    asked = ("--heads", "8,2,64", "--gpu", "h100", "--op", "select_kv", "--explain")
+    assert run(monkeypatch, *asked, "--fit", str(path)) == 2
+    refusal = capsys.readouterr().err
+    assert said in refusal
+    assert str(path) in refusal
+    assert refusal.count("\n") == 1
+    for _ in range(2):
+        assert model_fit.fitted(H100.arch) == H100.arch
+    (warning,) = [one.message for one in caplog.records if one.name == "specattn"]
+    assert said in warning
+
+
+def test_a_fit_that_was_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    path = written_fit(tmp_path / "fit.json")
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+    with pytest.raises(PackError, match="its digest is not that of its contents"):
+        model_fit.load(path, H100.arch)
+
+
+def test_records_of_two_processors_make_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    for plan in PLANS:
+        trial = slower(plan, SIZES[0], {})
+        record.append(path, trial)
+        record.append(path, dataclasses.replace(trial, silicon=environment.silicon(gpus.find("h200"))))
+    assert run(monkeypatch, "--calibrate", str(path)) == 2
+    assert "measurements of several processors, h100 (sm_90a, 132), h200 (sm_90a, 132)" in capsys.readouterr().err
+
+
+def test_what_was_predicted_by_another_fit_is_predicted_again() -> None:
+    trial = compile_trial(SPEC, PLANS[0], dataclasses.replace(H100, is_present=False))
+    as_it_is, fitted = (
+        Logbook(H100, None, environment.current("triton", None, fit)).blank(trial).identity for fit in ("", "a fit")
+    )
+    assert as_it_is != fitted
+    timed = measure_trial(SPEC, PLANS[0], SIZES[0], H100, seed=0, seconds=1.0)
+    one, other = (
+        Logbook(H100, None, environment.current("triton", None, fit)).blank(timed).identity for fit in ("", "a fit")
+    )
+    assert one == other
 
 
 def test_too_few_measurements_are_one_clear_line(

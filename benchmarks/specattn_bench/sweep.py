@@ -21,9 +21,10 @@ from specattn_codegen.prove import Extent, prove
 
 HELP = """Times every feasible plan of one search problem on this CPU, in rounds of a new random order each.
 
-Every run adds its rounds to the file benchmarks/results/<processor>/sweep-CASE.json, so that a sweep may be made in
-slices. A plan's time in a round is the median of a few calls on data no cache holds; its time is the median of its
-rounds. The first run proves every binary against the float64 oracle.
+Every round is added to the file benchmarks/results/<processor>/sweep-CASE.json as it ends, so that a sweep may be made
+in slices and stopped at any time. A plan's time in a round is the median of a few calls on data no cache holds; its
+time is the median of its rounds, over which whatever else the machine does is spread. The first run proves every binary
+against the float64 oracle.
 
 \b
 Examples:
@@ -53,9 +54,14 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     if known is not None and set(known.rounds_us) != set(plans):
         raise SpecError(f"{path}: was made of another space; move it away")
     times = {plan: list(known.rounds_us[plan]) if known else [] for plan in plans}
-    header = {**report.header(f"sweep-{name}", arch, load), "case": to_plain(case), "calls": CALLS}
+    source = render_for(case.spec, default, arch).digest
+    if known is not None and known.header.get("default_source_digest") != source:
+        raise SpecError(f"{path}: was made of earlier kernels; move it away")
+    made = {"case": to_plain(case), "calls": CALLS, "default_source_digest": source}
+    header = {**report.header(f"sweep-{name}", arch, load), **made}
+    sweep = Sweep(header=header, default=default, rounds_us=times)
+    sweep_cases.write(path, sweep)
     if build_only:
-        sweep_cases.write(path, Sweep(header=header, default=default, rounds_us=times))
         return
     calls = timed_calls(case.spec, case.workload, arch, page_size=PAGE_SIZE, seed=0)
     started = time.monotonic()
@@ -63,8 +69,7 @@ def command(name: str, rounds: int, build_only: bool) -> None:
     for turn in range(first, first + rounds):
         for plan, median_us in one_round(kernels, calls, seed=turn):
             times[plan].append(median_us)
-    sweep = Sweep(header=header, default=default, rounds_us=times)
-    sweep_cases.write(path, sweep)
+        sweep_cases.write(path, sweep)
     best = min(sweep.times_us.values())
     worst = max(sweep.times_us.values())
     click.echo(

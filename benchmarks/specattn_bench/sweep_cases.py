@@ -11,6 +11,7 @@ from pathlib import Path
 from specattn_bench import report
 from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.pack_file import write_whole
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.search import Searched
 from specattn_codegen.space import Axis
@@ -116,8 +117,8 @@ def write(path: Path, sweep: Sweep) -> None:
     ]
     header = json.dumps(sweep.header, indent=2)
     rows = ",\n".join(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
     default = json.dumps(sweep.default.as_dict())
-    path.write_text(
-        f'{{"header": {header},\n"default": {default},\n"settings": {json.dumps(names)},\n"plans": [\n{rows}\n]}}\n'
+    write_whole(
+        path,
+        f'{{"header": {header},\n"default": {default},\n"settings": {json.dumps(names)},\n"plans": [\n{rows}\n]}}\n',
     )

@@ -19,7 +19,7 @@ from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.rivals import find_rivals, rivals_table
 from specattn_codegen.cli.tune_replay import replay
-from specattn_codegen.cli.tune_request import TIMING, Request, find_budget, options, require_writable
+from specattn_codegen.cli.tune_request import TIMING, Request, announce_fit, find_budget, options, require_writable
 from specattn_codegen.environment import device_name
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.measure import Mode
@@ -71,7 +71,7 @@ database's URL; the parameters it shows are positions on the axes, and a trial's
 @click.option("--report", type=click.Path(path_type=Path), metavar="HTML", help="Write a page about the run.")
 @click.option("--explain", is_flag=True, help="Print what the cost model says of the default and of its own choice.")
 @click.option("--replay", "recorded", type=click.Path(path_type=Path), metavar="JSONL", help="Tune on recorded trials.")
-@click.option("--calibrate", type=click.Path(path_type=Path), metavar="JSONL", help="Fit the cost model to records.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="JSONL", help="Fit the cost model, to --fit.")
 @click.option("--list-models", is_flag=True, help="Print every registered model and stop.")
 @click.option("--list-gpus", is_flag=True, help="Print every known GPU and stop.")
 @click.pass_context
@@ -103,7 +103,7 @@ def command(
         click.echo("\n".join(models.names() if list_models else (*gpus.names(), "cpu")))
         return
     if calibrate is not None:
-        importlib.import_module(MODEL).calibrate(calibrate, output())
+        importlib.import_module(MODEL).calibrate(calibrate, asked["fit"], output())
         return
     if recorded is not None:
         replay(recorded, find_budget(trials, timeout, seed, is_present=True), sampler, output())
@@ -146,6 +146,7 @@ def tune_all(
     screen.print(
         f"{named} on {target.arch.name} ({how}), {dtype}, at most {budget.trials} trials a search", markup=False
     )
+    announce_fit(target.arch, screen)
     if "tilelang" in target.backends and not target.is_present:
         screen.print("TileLang is proved on a GPU only: what is found is recorded, and no pack takes it", markup=False)
     started = time.monotonic()

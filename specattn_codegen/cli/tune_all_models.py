@@ -13,7 +13,7 @@ import click
 from specattn_codegen import models, pack, paths
 from specattn_codegen.cli.progress import TuningProgress
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, Request, find_budget, require_writable
+from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, Request, announce_fit, find_budget, require_writable
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.staleness import grade
 from specattn_codegen.tune import Method, tune
@@ -109,6 +109,8 @@ def all_models(
     folder = require_writable(out or paths.user_packs_dir(), "--out")
     screen = output()
     targets = [(asked, asked.target()) for asked in map(usual_request, gpus)]
+    for _, target in targets:
+        announce_fit(target.arch, screen)
     wanted = [
         gap(heads, asked, target, folder)
         for heads in heads_by_use(chosen or models.names())

@@ -9,7 +9,7 @@ import click
 from specattn_codegen import bundle, paths
 from specattn_codegen.cli.progress import TuningProgress, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune_request import TIMING, Request, find_budget, options, require_writable
+from specattn_codegen.cli.tune_request import TIMING, Request, announce_fit, find_budget, options, require_writable
 from specattn_codegen.measure import Mode
 from specattn_codegen.workforce import processes
 
@@ -26,6 +26,7 @@ def prepare(folder: Path, plans: int, seed: int, **asked: object) -> None:
     request = Request(**asked)  # pyright: ignore[reportArgumentType] - click has checked every one of them
     target = request.target()
     require_writable(folder, "FOLDER")
+    announce_fit(target.arch, output())
     tasks = [task for heads in request.kinds() for task in request.tasks(heads, target)]
     made = bundle.prepare(folder, tasks, target, count=plans, seed=seed)
     count = sum(len(one.plans) for one in made.wanted)

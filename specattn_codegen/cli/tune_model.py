@@ -1,4 +1,4 @@
-"""specattn-tune --explain and --calibrate: what the cost model says and why, and how far it agrees with records."""
+"""specattn-tune --explain and --calibrate: what the cost model says and why, and its fit to records."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from specattn_codegen import cost_model, space
+from specattn_codegen import cost_model, model_fit, space
+from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import microseconds
 from specattn_codegen.cli.tune_replay import arch_of, read_measured
-from specattn_codegen.cli.tune_request import Request
+from specattn_codegen.cli.tune_request import Request, announce_fit
 from specattn_codegen.cost_model import Prediction
 from specattn_codegen.cost_model.calibration import Agreement, Observation, agreement, fit, terms_by_limit
+from specattn_codegen.environment import silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.model_fit import ModelFit
 from specattn_codegen.outcome import Status
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
@@ -32,6 +35,7 @@ def explain(request: Request, kinds: Sequence[HeadConfig], target: Target, scree
         markup=False,
         soft_wrap=True,
     )
+    announce_fit(target.arch, screen)
     for heads in kinds:
         for task in request.tasks(heads, target):
             if not cost_model.covers(task.spec, target.backend):
@@ -84,23 +88,42 @@ def _add_rows(table: Table, label: str, plan: Plan, prediction: Prediction) -> N
     )
 
 
-def calibrate(path: Path, screen: Console) -> None:
-    """Fits the model's terms to measured records and prints how well it agrees with them, before and after."""
-    observations = [found for trial in read_measured(path) if (found := observe(trial)) is not None]
-    before = agreement(observations, {})
-    if before is None:
-        raise SpecError(f"{path}: too few measured plans of any kernel and size to compare an order with")
+def calibrate(path: Path, to: Path | None, screen: Console) -> None:
+    """Fits the model's terms to the measured records of one processor, prints how well it agrees with them, before and
+    after, and writes the fit to `to`, or to the user's own folder: unless its first choices are the worse ones."""
+    trials = read_measured(path)
+    arch = _only_arch(path, trials)
+    observations = [found for trial in trials if (found := observe(trial)) is not None]
     factors = fit(observations)
-    after = agreement(observations, factors)
+    before, after = agreement(observations, {}), agreement(observations, factors)
+    if before is None or after is None:
+        raise SpecError(f"{path}: too few measured plans of any kernel and size to compare an order with")
     table = Table(box=box.SIMPLE)
     for name in ("", "rank correlation", "regret of the first choice", "typical error"):
         table.add_column(name, justify="left" if not name else "right")
     for label, found in (("as it is", before), ("fitted", after)):
-        if found is not None:
-            table.add_row(label, *_agreement_cells(found))
+        table.add_row(label, *_agreement_cells(found))
     screen.print(f"{before.plans} plans of {before.cases} kernels and sizes", markup=False)
     screen.print(table)
     screen.print("factors that fit: " + ", ".join(f"{limit} x {factor:.3g}" for limit, factor in factors.items()))
+    if after.regret > before.regret:
+        screen.print("not written: the model as it is makes the better first choices")
+        return
+    target = to or model_fit.user_path(arch)
+    made = ModelFit(arch=silicon(arch), model=model_fit.model_digest(), factors=factors, as_it_is=before, fitted=after)
+    model_fit.write(target, made)
+    taken = f"specattn-tune takes it for {arch.name}" + (" where it is given as --fit" if to else "")
+    screen.print(f"fit: {target}; {taken}", markup=False, soft_wrap=True)
+
+
+def _only_arch(path: Path, trials: Sequence[Record]) -> Arch:
+    found = {trial.silicon for trial in trials}
+    if len(found) > 1:
+        names = ", ".join(sorted(f"{one.name} ({one.target}, {one.num_sms})" for one in found))
+        raise SpecError(
+            f"{path}: holds measurements of several processors, {names}; a fit is of one: give its own file"
+        )
+    return arch_of(found.pop())
 
 
 def _agreement_cells(found: Agreement) -> tuple[str, str, str]:

@@ -34,7 +34,7 @@ def arch_of(silicon: Silicon) -> Arch:
     """The processor of a record: a GPU's row, or a CPU with the record's facts and this one's rates."""
     if silicon.vendor != "cpu":
         return gpus.find(silicon.name)
-    return cpu_info.like(silicon.target, silicon.num_sms, silicon.l2_bytes)
+    return cpu_info.like(silicon.target, silicon.num_sms, silicon.l2_bytes, silicon.cpu_model)
 
 
 def replay(path: Path, budget: Budget, sampler: Sampler, screen: Console) -> None:

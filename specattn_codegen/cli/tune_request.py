@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -12,12 +13,15 @@ from typing import Literal, TypeVar
 
 import click
 import torch
+from rich.console import Console
 
 from specattn_codegen import cpu_info, gpu_detect, gpus, models, space
 from specattn_codegen.arch import Arch
+from specattn_codegen.environment import fit_digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.measure import MODES
+from specattn_codegen.model_fit import fitted
 from specattn_codegen.plan import BACKENDS, Backend
 from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype, Op
 from specattn_codegen.tune import plan_tasks
@@ -44,6 +48,12 @@ OPTIONS = (
         type=click.Choice((*BACKENDS, ALL_BACKENDS)),
         help="Kernel language, or all that run there, each searched with as many trials. [cpu or triton]",
     ),
+    click.option(
+        "--fit",
+        type=click.Path(path_type=Path),
+        metavar="JSON",
+        help="What --calibrate made of the cost model for this processor. [the user's own, if any]",
+    ),
 )
 TIMING = click.option(
     "--timing",
@@ -67,10 +77,12 @@ class Request:
     page_size: int
     tp: int
     backend: Backend | Literal["all"] | None
+    fit: Path | None = None
 
     def target(self) -> Target:
-        """Raises SpecError for an option that means nothing."""
-        return find_target(self.gpu, self.backend, self.page_size)
+        """Raises SpecError for an option that means nothing, PackError for a fit that is none of this processor."""
+        found = find_target(self.gpu, self.backend, self.page_size)
+        return dataclasses.replace(found, arch=fitted(found.arch, self.fit))
 
     def kinds(self) -> list[HeadConfig]:
         return find_heads(self.model, self.heads, self.tp)
@@ -115,6 +127,15 @@ def find_arch(gpu: str) -> tuple[Arch, bool]:
         return gpu_detect.local(), True
     arch = gpus.find(gpu)
     return arch, torch.cuda.is_available() and gpu_detect.local() == arch
+
+
+def announce_fit(arch: Arch, screen: Console) -> None:
+    """Says so where the cost model is not as it is."""
+    if arch.fit:
+        factors = ", ".join(f"{limit} x {factor:.3g}" for limit, factor in arch.fit)
+        screen.print(
+            f"cost model: fitted to measurements on {arch.name} (fit {fit_digest(arch)}: {factors})", markup=False
+        )
 
 
 def find_heads(model: str | None, heads: str | None, tp: int) -> list[HeadConfig]:

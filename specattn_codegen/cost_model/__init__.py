@@ -50,7 +50,7 @@ def predict(
     if plan.backend == "cpu" and not arch.is_gpu:
         return _predict_cpu(spec, workload, plan, arch)
     launches = _launches(spec, workload, plan, arch, resources)
-    terms = _terms(launches, arch)
+    terms = _fitted(_terms(launches, arch), arch)
     latency = sum(term.microseconds for term in terms)
     return Prediction(
         latency_us=latency,
@@ -66,7 +66,8 @@ def latency_us(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, res
     """That of the prediction, in half the time: for whoever ranks thousands of plans."""
     if plan.backend == "cpu" and not arch.is_gpu:
         return _predict_cpu(spec, workload, plan, arch).latency_us
-    return sum(term.microseconds for term in _terms(_launches(spec, workload, plan, arch, resources), arch))
+    terms = _terms(_launches(spec, workload, plan, arch, resources), arch)
+    return sum(term.microseconds for term in _fitted(terms, arch))
 
 
 def _launches(
@@ -87,11 +88,21 @@ def _terms(launches: tuple[Launch, ...], arch: Arch) -> tuple[Term, ...]:
     )
 
 
+def _fitted(terms: tuple[Term, ...], arch: Arch) -> tuple[Term, ...]:
+    """Times what measurements on this processor made of their limits."""
+    if not arch.fit:
+        return terms
+    factors = dict(arch.fit)
+    return tuple(
+        dataclasses.replace(term, microseconds=term.microseconds * factors.get(term.limit, 1.0)) for term in terms
+    )
+
+
 def _predict_cpu(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch) -> Prediction:
     """Residency is of cores: those with a task, and the tiles they have under way."""
     if spec.op == "select_kv":
         raise SpecError("the cost model knows no select_kv on the CPU; measure it instead, there are few plans")
-    terms = attention_terms(spec, workload, plan, arch)
+    terms = _fitted(attention_terms(spec, workload, plan, arch), arch)
     latency = sum(term.microseconds for term in terms)
     least = least_work(spec, workload).memory_bytes
     return Prediction(
