@@ -2,7 +2,7 @@
 // Each KV head has a selection of its own.
 //
 // Selected keys and the dense tail form one virtual range; a task is one KV head over split_keys of it.
-  #include <math.h>
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -162,9 +162,8 @@ static inline int heads_per_task(const Request&) { return HEADS_PER_TASK; }
 
 // Selected keys before the tail, in whole blocks; indices ascend, so those at or past it are at the end.
 static int selected_count(const Arguments& a, const Request& r, int request, int kv_head) {
-    const int row = kv_head;
-    const int32_t* indices = a.indices + request * a.index_request + row * a.index_row;
-    int count = smaller(a.counts[(int64_t)request * NUM_KV_HEADS + row], a.selected_width);
+    const int32_t* indices = a.indices + request * a.index_request + kv_head * a.index_row;
+    int count = smaller(a.counts[(int64_t)request * NUM_KV_HEADS + kv_head], a.selected_width);
     while (count > 0 && (int64_t)indices[count - 1] * a.block >= r.tail_start) count--;
     return larger(0, count) * a.block;
 }
@@ -230,18 +229,14 @@ static void locate_selected(
 static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
     tile.count = smaller(KEY_TILE, task.end - begin);
     locate_selected(a, r, task, selected, begin, tile);
-    int newest = 0, oldest = INT32_MAX;
-    for (int j = 0; j < tile.count; j++) {
-        newest = larger(newest, tile.position[j]);
-        oldest = smaller(oldest, tile.position[j]);
-    }
+    int newest = 0;
+    for (int j = 0; j < tile.count; j++) newest = larger(newest, tile.position[j]);
     for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
         tile.position[j] = INT32_MAX;
         tile.k[j] = tile.k[0];
         tile.v[j] = tile.v[0];
     }
     tile.masked = tile.count < KEY_TILE || newest > r.first_position;
-    (void)oldest;
 }
 
 // Some keys' rows of K, or of V, of one head, and those to fetch while one works on them.
@@ -270,25 +265,14 @@ static inline __attribute__((always_inline)) void fetch_tile(const Tile& tile) {
 }
 
 // Nothing is fetched between blocks of work: tiles are, one ahead.
-template <int ELEMENTS> struct Fetcher {
-    const Cached* const* rows;
-    uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
-
-    Fetcher(const Strip& strip, int blocks)
-        : rows(strip.ahead), rows_per_block(((uint32_t)KEY_TILE << 16) / (uint32_t)blocks + 1) {}
-
-    // After each block.
-    __attribute__((always_inline)) void advance() {
-    }
+template <int> struct Fetcher {
+    Fetcher(const Strip&, int) {}
+    void advance() const {}
 };
 
-// Has fetched a strip's rows at once.
-template <int ELEMENTS> struct Fetched {
-    __attribute__((always_inline)) explicit Fetched(const Strip& strip) {
-        (void)strip;
-    }
-
-    void advance() {}
+template <int> struct Fetched {
+    explicit Fetched(const Strip&) {}
+    void advance() const {}
 };
 
 // ---- the order in which a tile is read ----

@@ -4,7 +4,7 @@
 //
 // A task is one KV head (or all of them) over split_keys keys. Splits have a fixed length, so a row's result does not
 // depend on the other requests of its batch nor on the number of threads.
-  #include <math.h>
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -138,9 +138,8 @@ static Request request_of(const Arguments& a, int index) {
 static inline int heads_per_task(const Request&) { return HEADS_PER_TASK; }
 
 // Keys a request goes over: all that some row may see.
-static int keys_of(const Arguments& a, const Request& r, int request, int kv_head) {
+static int keys_of(const Arguments&, const Request& r, int, int) {
     if (r.rows <= 0 || r.kv_len <= 0) return 0;
-    (void)a, (void)request, (void)kv_head;
     return r.kv_len - r.first_key;
 }
 
@@ -181,22 +180,17 @@ static void locate_in_order(const Arguments& a, const Request& r, const Task& ta
     }
 }
 
-static void locate(const Arguments& a, const Request& r, const Task& task, int selected, int begin, Tile& tile) {
+static void locate(const Arguments& a, const Request& r, const Task& task, int begin, Tile& tile) {
     tile.count = smaller(KEY_TILE, task.end - begin);
-    (void)selected;
     locate_in_order(a, r, task, begin, tile);
-    int newest = 0, oldest = INT32_MAX;
-    for (int j = 0; j < tile.count; j++) {
-        newest = larger(newest, tile.position[j]);
-        oldest = smaller(oldest, tile.position[j]);
-    }
+    int newest = 0;
+    for (int j = 0; j < tile.count; j++) newest = larger(newest, tile.position[j]);
     for (int j = tile.count; j < KEY_TILE; j++) {  // padding: readable memory that the mask then hides
         tile.position[j] = INT32_MAX;
         tile.k[j] = tile.k[0];
         tile.v[j] = tile.v[0];
     }
     tile.masked = tile.count < KEY_TILE || newest > r.first_position;
-    (void)oldest;
 }
 
 // Some keys' rows of K, or of V, of one head, and those to fetch while one works on them.
@@ -527,8 +521,7 @@ static inline int prefix_of(const Arguments& a, const Request& r) {
 }
 
 // The scores of a request's prefix keys.
-static inline float* key_scores_of(const Arguments& a, const Workspace& w, int request, int row) {
-    (void)w;
+static inline float* key_scores_of(const Arguments& a, const Workspace&, int request, int row) {
     return a.scores + request * a.score_request + row * a.score_row;
 }
 
@@ -575,13 +568,12 @@ static void score_tile(const Arguments& a, const Workspace& w, int request, int 
 // Calls work(tile, the tile to fetch meanwhile) for every tile of a task.
 template <typename Work>
 static inline void for_tiles(const Arguments& a, const Request& r, const Task& task, Work work) {
-    const int selected = 0;
     Tile tiles[2];
-    locate(a, r, task, selected, task.begin, tiles[0]);
+    locate(a, r, task, task.begin, tiles[0]);
     for (int begin = task.begin, parity = 0; begin < task.end; begin += KEY_TILE, parity ^= 1) {
         const Tile& tile = tiles[parity];
         Tile& next = tiles[parity ^ 1];
-        if (begin + KEY_TILE < task.end) locate(a, r, task, selected, begin + KEY_TILE, next);
+        if (begin + KEY_TILE < task.end) locate(a, r, task, begin + KEY_TILE, next);
         else next.count = 0;
         work(tile, next.count ? next : tile);
     }
