@@ -37,7 +37,6 @@ from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.staleness import why_unusable
 
 Rung = Literal["exact", "nearest", "sibling", "model", "default"]
-TUNED_RUNGS: tuple[Rung, ...] = ("exact", "nearest", "sibling")
 
 logger = logging.getLogger("specattn")
 

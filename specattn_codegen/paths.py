@@ -4,7 +4,6 @@ SPECATTN_CACHE_DIR   built kernels, records of tuning runs, machine measurements
 SPECATTN_CONFIG_DIR  a folder of tuned-config packs that is looked up before the user's, the site's and the shipped ones
 SPECATTN_FROZEN      1: a process reads each pack once and never sees a later change
 SPECATTN_STRICT      1: a call without a tuned entry raises SpecError wherever kernels are loaded
-SPECATTN_LOG         level of the `specattn` logger (DEBUG, INFO, WARNING, ERROR)
 """
 
 import os
@@ -76,7 +75,3 @@ def is_frozen() -> bool:
 
 def is_strict() -> bool:
     return os.environ.get("SPECATTN_STRICT", "") not in ("", "0")
-
-
-def log_level() -> str:
-    return os.environ.get("SPECATTN_LOG", "WARNING").upper()

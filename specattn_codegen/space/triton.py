@@ -12,7 +12,6 @@ from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 
 MAX_THREADS_PER_BLOCK = 1024
-MAX_TILE_ELEMENTS = 2**20  # Triton refuses larger tensors
 USABLE_REGISTERS = 160  # of 255 a thread; the rest holds addresses, operands and loop state
 REGISTERS_WITH_OPERANDS = 220  # beyond, no binary for sm_80 to sm_120 was seen to do without spills
 ROOMY_REGISTERS = 165  # up to here none was seen to spill in its loop
