@@ -238,6 +238,28 @@ def test_what_is_installed_is_found_and_what_is_bad_is_not_installed(run: Run, t
     assert not list(tmp_path.rglob("*escaped*"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("list", "h1000"), "h1000: no layer has packs for it; there are some for a100, "),
+        (("show", "h100/q32-kv8-d129"), "did you mean h100/q32-kv8-d128"),
+        (("show", "tests"), "no such file and no pack of that name"),
+        (("explain", "--model", "llama3-8b", "--gpu", "h100", "--q-len", "0"), "q_len=0"),
+        (("explain", "--model", "llama3-8b", "--gpu", "h100", "--page-size", "0"), "'--page-size': 0"),
+        (
+            ("explain", "--model", "llama3-8b", "--gpu", "h100", "--score", "all,ends"),
+            "all and ends are both of its rows",
+        ),
+        (("explain", "--model", "llama3-8b", "--gpu", "h100", "--score", "some"), "at most one of each kind"),
+        (("verfy",), "see specattn-pack --help"),
+    ],
+)
+def test_a_wrong_use_is_one_line_that_says_what_to_do(run: Run, arguments: tuple[str, ...], says: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
 def test_only_what_still_holds_is_promoted(run: Run, tmp_path: Path, user: Path) -> None:
     stale = dataclasses.replace(entry(SELECT), source_digest="0" * 20)
     publish(user, entry(), entry(SCORED, chosen_by="measured"), stale)
@@ -250,7 +272,7 @@ def test_only_what_still_holds_is_promoted(run: Run, tmp_path: Path, user: Path)
     assert len(pack.load(pack.pack_path(tmp_path / "mine", ARCH, HEADS)).entries) == 1
     code, _, err = run("promote", written(tmp_path / "old.json", stale), "--to", "site")
     assert code == 2
-    assert "none of its 1 entries may go" in err
+    assert "none of its 1 entries holds today" in err
 
 
 def test_an_explanation_names_rung_plan_source_and_differences(

@@ -11,8 +11,9 @@ import click
 from specattn_codegen import gpu_detect, gpus, ladder, paths
 from specattn_codegen.arch import Arch
 from specattn_codegen.cli import console
+from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PACKS, PAGE_SIZE, TP
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, find_heads
+from specattn_codegen.cli.tune_request import find_heads
 from specattn_codegen.errors import SpecError
 from specattn_codegen.export.cubins import Binaries, compiled, cubin_files
 from specattn_codegen.export.hugging_face import repository_files
@@ -20,7 +21,7 @@ from specattn_codegen.export.package import Export, default_name, folder_files, 
 from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.pack_file import LICENCE
-from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KernelSpec, KvDtype
+from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, KvDtype
 from specattn_codegen.workloads import TUNED_OPS, mixed_specs, model_specs
 
 LAYOUTS = {"folder": folder_files, "hf-kernels": repository_files}
@@ -40,20 +41,21 @@ Then, with nothing but torch and triton:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", metavar="NAME|PATH", help="A registered model, a Hugging Face config.json, or its folder.")
-@click.option("--heads", metavar="HQ,HKV,D", help="Query heads, KV heads and head dim instead of a model.")
-@click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks the heads are split over.")
+@MODEL
+@HEADS
+@TP
 @click.option("--gpu", default="local", show_default=True, metavar="NAME|local", help="The processor to export for.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of q and the cache.")
-@click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales.")
-@click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page of the cache.")
+@KV_DTYPE
+@PAGE_SIZE
+@PACKS
 @click.option(
-    "--packs",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True),
-    help="A folder of packs, or one, looked up before all others; may be repeated.",
+    "--layout",
+    type=click.Choice((*LAYOUTS, CUBINS)),
+    default="folder",
+    show_default=True,
+    help="A package of Triton kernels, the same as a kernel repository, or TileLang's kernels as CUDA binaries.",
 )
-@click.option("--layout", type=click.Choice((*LAYOUTS, CUBINS)), default="folder", show_default=True)
 @click.option("--name", help="Lower-case letters, digits and dashes. [specattn-<gpu>-<heads>]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="An empty or new folder. [./<name>]")
 def command(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from specattn_codegen import pack_file
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.pack import Entry
 from specattn_codegen.record import Record
@@ -24,6 +25,11 @@ def console() -> Console:
     """For stdout: colours and control codes on a terminal only."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def say(line: str) -> None:
+    """A line as it is, however wide, without what a terminal would obey."""
+    console().print(pack_file.printable(line), markup=False, soft_wrap=True)
 
 
 class TuningProgress:

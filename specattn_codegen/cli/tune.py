@@ -15,6 +15,7 @@ from rich.console import Console
 from specattn_codegen import gpus, models, pack, paths
 from specattn_codegen.claims import own_device
 from specattn_codegen.cli import console, tune_all_models, tune_bundle
+from specattn_codegen.cli.options import SECONDS, SEED, TRIALS
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.rivals import find_rivals, rivals_table
@@ -61,9 +62,9 @@ database's URL; the parameters it shows are positions on the axes, and a trial's
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @options
-@click.option("--trials", type=int, help="Plans tried per search. [8 where modelled, 12 where measured]")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop searching after this long and keep the best.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the inputs.")
+@click.option("--trials", type=TRIALS, help="Plans tried per search. [8 where modelled, 12 where measured]")
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Stop searching after this long and keep the best.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the search and of the inputs.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True, help="How plans are chosen.")
 @TIMING
 @click.option("--storage", metavar="URL", help="Share the searches, below.")

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from specattn_codegen import models, pack, paths
+from specattn_codegen.cli.options import DEFAULT_PAGE_SIZE, SECONDS, SEED, TRIALS
 from specattn_codegen.cli.progress import TuningProgress
 from specattn_codegen.cli.progress import console as output
-from specattn_codegen.cli.tune_request import DEFAULT_PAGE_SIZE, Request, announce_fit, find_budget, require_writable
+from specattn_codegen.cli.tune_request import Request, announce_fit, find_budget, require_writable
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.staleness import grade
 from specattn_codegen.tune import Method, tune
@@ -86,9 +87,11 @@ def gap(heads: HeadConfig, asked: Request, target: Target, out: Path) -> Gap:
 @click.option("--model", "chosen", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of packs. [the user's own]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile, or prove, at a time. [one a core]")
-@click.option("--trials", type=int, help="Plans tried per search at most. [8 where modelled, 12 where measured]")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this long; another run goes on from there.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the searches and of the inputs.")
+@click.option("--trials", type=TRIALS, help="Plans tried per search at most. [8 where modelled, 12 where measured]")
+@click.option(
+    "--timeout", type=SECONDS, metavar="SECONDS", help="Stop after this long; another run goes on from there."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the searches and of the inputs.")
 @click.option("--dry-run", is_flag=True, help="Print which packs lack something, and stop.")
 def all_models(
     gpus: tuple[str, ...],

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from specattn_codegen import bundle, paths
+from specattn_codegen.cli.options import SECONDS, SEED
 from specattn_codegen.cli.progress import TuningProgress, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_request import TIMING, Request, announce_fit, find_budget, options, require_writable
@@ -20,7 +21,7 @@ FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 @FOLDER
 @options
 @click.option("--plans", default=8, show_default=True, type=click.IntRange(min=1), help="Timed per kernel and size.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of the inputs.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the inputs.")
 def prepare(folder: Path, plans: int, seed: int, **asked: object) -> None:
     """Write a bundle: the plans the cost model likes best and their sources, to be timed where the processor is."""
     request = Request(**asked)  # pyright: ignore[reportArgumentType] - click has checked every one of them
@@ -37,7 +38,9 @@ def prepare(folder: Path, plans: int, seed: int, **asked: object) -> None:
 @click.command("measure")
 @FOLDER
 @TIMING
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this long; another run goes on from there.")
+@click.option(
+    "--timeout", type=SECONDS, metavar="SECONDS", help="Stop after this long; another run goes on from there."
+)
 def measure(folder: Path, timing: Mode, timeout: float | None) -> None:
     """Build, prove and time a bundle's plans on the processor of this machine. May be stopped and run again."""
     require_writable(paths.cache_dir(), "SPECATTN_CACHE_DIR")

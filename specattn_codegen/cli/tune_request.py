@@ -17,32 +17,32 @@ from rich.console import Console
 
 from specattn_codegen import cpu_info, gpu_detect, gpus, models, space
 from specattn_codegen.arch import Arch
+from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PAGE_SIZE, TP
 from specattn_codegen.environment import fit_digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
 from specattn_codegen.measure import MODES
 from specattn_codegen.model_fit import fitted
 from specattn_codegen.plan import BACKENDS, Backend
-from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KvDtype, Op
+from specattn_codegen.spec import DTYPES, Dtype, KvDtype, Op
 from specattn_codegen.tune import plan_tasks
 from specattn_codegen.tune_session import Budget, Target, Task
 from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
 
-DEFAULT_PAGE_SIZE = 16
 ALL_BACKENDS = "all"
 DEFAULT_TRIALS = {"modelled": 8, "measured": 12}  # beyond 8 the model finds less than it errs by
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
 OPTIONS = (
-    click.option("--model", metavar="NAME|PATH", help="A registered model, a Hugging Face config.json, or its folder."),
-    click.option("--heads", metavar="HQ,HKV,D", help="Query heads, KV heads and head dim instead of a model."),
+    MODEL,
+    HEADS,
     click.option("--gpu", default="local", show_default=True, metavar="NAME|local|cpu", help="The processor."),
     click.option("--op", "ops", multiple=True, type=click.Choice(TUNED_OPS), help="Only this one; may be repeated."),
     click.option("--dtype", type=click.Choice(DTYPES), help="Of q and the KV cache. [bfloat16; float32 on the CPU]"),
-    click.option("--kv-dtype", type=click.Choice(FLOAT8), help="Of an 8-bit KV cache, which comes with scales."),
-    click.option("--page-size", type=int, default=DEFAULT_PAGE_SIZE, show_default=True, help="Keys per page."),
-    click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks that share the heads."),
+    KV_DTYPE,
+    PAGE_SIZE,
+    TP,
     click.option(
         "--backend",
         type=click.Choice((*BACKENDS, ALL_BACKENDS)),
@@ -108,8 +108,6 @@ def options(command: Command) -> Command:
 
 
 def find_target(gpu: str, wanted: Backend | Literal["all"] | None, page_size: int) -> Target:
-    if page_size < 1:
-        raise SpecError(f"--page-size {page_size}: must be at least 1 key; {DEFAULT_PAGE_SIZE} is usual")
     arch, is_present = find_arch(gpu)
     served = space.backends_for(arch)
     if wanted == ALL_BACKENDS:
@@ -148,12 +146,6 @@ def find_heads(model: str | None, heads: str | None, tp: int) -> list[HeadConfig
 
 
 def find_budget(trials: int | None, timeout: float | None, seed: int, *, is_present: bool) -> Budget:
-    if trials is not None and trials < 1:
-        raise SpecError(f"--trials {trials}: must be at least 1; the default plan is the first trial")
-    if timeout is not None and not timeout > 0:
-        raise SpecError(f"--timeout {timeout:g}: must be above 0 seconds")
-    if not 0 <= seed < 2**32:
-        raise SpecError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     usual = DEFAULT_TRIALS["measured" if is_present else "modelled"]
     ends_at = None if timeout is None else time.monotonic() + timeout
     return Budget(trials=trials or usual, seed=seed, ends_at=ends_at)
