@@ -61,7 +61,7 @@ def resolve(model: str) -> ModelHeads:
 
 def _nearest(key: str) -> str:
     near = [_BY_CANONICAL[match].name for match in difflib.get_close_matches(key, _BY_CANONICAL, n=3, cutoff=0.5)]
-    return f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(names())}."
+    return f"did you mean {', '.join(near)}?" if near else f"`specattn-tune --list-models` shows all {len(names())}."
 
 
 def parse_heads(text: str) -> HeadFields:

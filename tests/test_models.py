@@ -517,7 +517,7 @@ def test_unknown_names_get_the_nearest_ones() -> None:
     message = refusal("lama3-8b")
     assert "did you mean llama3-8b" in message
     assert "--heads 32,8,128" in message
-    assert "known are" in refusal("xyzzy")
+    assert "--list-models` shows all" in refusal("xyzzy")
     assert "give a name" in refusal(" ")
 
 

@@ -15,6 +15,9 @@ def run(command: click.Command) -> None:
         command.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.UsageError as error:
+        asked = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        _fail(error.format_message().rstrip(".") + asked)
     except click.ClickException as error:
         _fail(error.format_message())
     except SpecAttnError as error:

@@ -65,7 +65,7 @@ Exit codes: 0, 1 when --compare-dense finds a difference, 2 for bad input, 130 f
 """
 
 
-@click.command(help=HELP, context_settings={"max_content_width": 120})
+@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
 @click.option(
     "--prompt-file",
@@ -144,6 +144,8 @@ def command(
     )
     if stream and stats:
         raise SpecError("stream, stats: both write to the terminal while decoding; choose one")
+    if kernels_name == "generated" and dtype == "float64":
+        raise SpecError("dtype=float64: only the reference kernels compute in it; leave --kernels out")
     texts = _prompt_bytes(prompt_files, prompts)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -240,8 +242,6 @@ def _prompt_bytes(prompt_files: Sequence[Path], prompts: Sequence[str]) -> list[
 
 
 def _kernels(name: str | None, heads: HeadConfig, dtype: str, page_size: int) -> AttentionKernels:
-    if name == "generated" and dtype == "float64":
-        raise SpecError("dtype=float64: only the reference kernels compute in it; leave --kernels out")
     if name == "reference" or dtype == "float64":
         return ReferenceKernels(heads)
     return load_kernels(heads, device="cpu", dtype=DTYPES[dtype], page_size=page_size)
