@@ -18,7 +18,7 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
 
     split_keys  keys of a task, an argument of the binary, which plans that differ by it share
     prefetch    next_tile: a tile's rows are fetched into the second-level cache while the one before is worked on;
-                next_tile_l1: into the first; the rows of a selection per KV head all at once, others bit by bit
+                next_tile_l1: into the first
     score_dump  what the scored rows' weights are kept in
     """
     if spec.op == "select_kv":
@@ -58,11 +58,12 @@ def default_plan(spec: KernelSpec, arch: Arch) -> Plan:
     product = "fma"
     if _has_bfloat16_products(spec) and arch.target in PRODUCT_TARGETS["bf16"]:
         product = "amx" if arch.target in PRODUCT_TARGETS["amx"] else "bf16"
-    whole_layer = not _has_a_selection_per_head(spec) and arch.num_sms <= FEW_CORES
+    scattered = _has_a_selection_per_head(spec)
+    whole_layer = not scattered and arch.num_sms <= FEW_CORES
     plan = Plan.of(
         "cpu",
         product=product,
-        key_tile=64,
+        key_tile=32 if scattered else 64,
         split_keys=1024,
         heads_per_task="all" if whole_layer else "one",
         prefetch="next_tile",

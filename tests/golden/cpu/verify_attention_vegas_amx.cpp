@@ -8,6 +8,7 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#include <type_traits>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <immintrin.h>
@@ -217,13 +218,23 @@ static inline void set_rows(const Cached* const* keys, int64_t offset, int count
     for (int j = 0; j < count; j++) rows[j] = keys[j] + offset;
 }
 
-// Rows that are fetched wait in the second-level cache: a tile of every head is larger than the first.
+constexpr int LINE = 64 / (int)sizeof(Cached);  // elements of a cache line
+
+// What is fetched waits in the second-level cache: a tile of every head is larger than the first.
 // Inlined by force, as all that calls it: GCC drops calls of a function that does nothing but prefetch.
+static inline __attribute__((always_inline)) void fetch_line(const Cached* line) {
+    __builtin_prefetch(line, 0, 2);
+}
+
 template <int ELEMENTS> static inline __attribute__((always_inline)) void fetch_row(const Cached* row) {
 #pragma GCC unroll 8
-    for (int byte = 0; byte < ELEMENTS * (int)sizeof(Cached); byte += 64)
-        __builtin_prefetch((const char*)row + byte, 0, 2);
+    for (int at = 0; at < ELEMENTS; at += LINE) fetch_line(row + at);
 }
+
+struct FetchNothing {
+    void read(int, int) {}
+    void advance() {}
+};
 
 // Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
 template <int ELEMENTS> struct Fetcher {
@@ -238,16 +249,34 @@ template <int ELEMENTS> struct Fetcher {
         due += rows_per_block;
         for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++) fetch_row<ELEMENTS>(rows[fetched]);
     }
+
+    void read(int, int) {}
 };
 
-// Has fetched a strip's rows at once.
-template <int ELEMENTS> struct Fetched {
-    __attribute__((always_inline)) explicit Fetched(const Strip& strip) {
-        for (int j = 0; j < strip.count; j++) fetch_row<ELEMENTS>(strip.ahead[j]);
+// Fetches each line of the next tile when the same line of this one is read, which happens once a line: memory then
+// works all the while that the products do. A strip's rows fetched in one go took one row a tenth more time on an AMD
+// EPYC of 2026-11 (Zen 4).
+struct Beside {
+    const Cached* const* rows;
+
+    explicit Beside(const Strip& strip) : rows(strip.ahead) {}
+
+    // With the vector that begins at element `at` of the strip's row j.
+    __attribute__((always_inline)) void read(int j, int at) {
+        if (at % LINE == 0) fetch_line(rows[j] + at);
     }
 
     void advance() {}
 };
+
+// Calls work(what fetches beside it) for a block of rows: lines of a strip are fetched with the first block that reads
+// them.
+template <typename Fetching, typename Work>
+static inline __attribute__((always_inline)) void fetching_beside(Fetching& fetcher, int first_row, Work work) {
+    FetchNothing nothing;
+    if (!std::is_same<Fetching, Beside>::value || first_row == 0) work(fetcher);
+    else work(nothing);
+}
 
 // ---- the order in which a tile is read ----
 //
