@@ -31,7 +31,7 @@ CROSS_COMPILERS = {
 }
 # The interpreter takes milliseconds a block, so a proof in it is in parts, each small where the others are large.
 INTERPRETED_SELECTION = Extent(keys=300, ragged=130, rows=1)
-ALL_HEADS = Extent(keys=0, ragged=40, rows=2)
+ALL_HEADS = Extent(keys=0, ragged=40, rows=2, requests=2)  # further requests are as those of one head
 SEVERAL_ROW_TILES = 64  # packed rows: query rows times the heads of a group
 SEVERAL_SPLITS = Extent(keys=600, ragged=0, rows=4)
 ONE_TILE_HEADS = 4  # with SEVERAL_SPLITS' rows no more than the smallest tile, so that blocks are left to split keys
@@ -108,9 +108,9 @@ class InterpretJob:
 
     @staticmethod
     def proofs(spec: KernelSpec, plan: Plan) -> tuple[tuple[KernelSpec, Extent], ...]:
-        """All heads on a small ragged batch; one KV head with several tiles of rows; and one tile of rows over several
-        splits, since a grid with many tiles fills the interpreter's few multiprocessors and splits no keys. A plan that
-        fixes the length of a split needs more keys than one."""
+        """All heads on a short and an empty request; one KV head on a ragged batch with several tiles of rows; and one
+        tile of rows over several splits, since a grid with many tiles fills the interpreter's few multiprocessors and
+        splits no keys. A plan that fixes the length of a split needs more keys than one."""
         if spec.op == "select_kv":
             return ((spec, INTERPRETED_SELECTION),)
         group = spec.heads.group

@@ -26,14 +26,16 @@ class Extent:
     """How far a proof goes. The oracle takes seconds for 32 thousand keys, so a workload is checked at a moderate
     size that plans still split.
 
-    keys    most keys of the workload's own problem, of one request; 0 leaves that problem out
-    ragged  keys before the rows of the longest ragged request; 0 leaves the ragged problem out
-    rows    most query rows of a request
+    keys      most keys of the workload's own problem, of one request; 0 leaves that problem out
+    ragged    keys before the rows of the longest ragged request; 0 leaves the ragged problem out
+    rows      most query rows of a request
+    requests  of the ragged problem, at most 4: one of several tiles, an empty one, one without a prefix, a short one
     """
 
     keys: int
     ragged: int
     rows: int
+    requests: int = 4
 
 
 ON_DEVICE = Extent(keys=2500, ragged=693, rows=64)
@@ -113,13 +115,13 @@ def attention_problems(
 
 
 def attention_sizes(workload: Workload, seed: int, extent: Extent) -> tuple[ProblemSizes, ...]:
-    """First ragged: an empty request, one without a prefix, a short one and one of several tiles, softmax peaked and
-    heads before slots in memory. Then the workload's own shape, at a moderate size."""
+    """First ragged as Extent.requests says, softmax peaked and heads before slots in memory. Then the workload's own
+    shape, at a moderate size."""
     rows = min(workload.q_len, extent.rows)
     keys = max(rows, min(workload.kv_len, extent.keys))
     ragged = ProblemSizes(
-        q_lens=(rows, 1, rows, max(1, rows - 1)),
-        kv_lens=(rows + extent.ragged, 0, rows, rows + 30),
+        q_lens=(rows, 1, rows, max(1, rows - 1))[: extent.requests],
+        kv_lens=(rows + extent.ragged, 0, rows, rows + 30)[: extent.requests],
         seed=seed,
         budget=min(workload.budget, extent.ragged // 3),
         layout="hnd",

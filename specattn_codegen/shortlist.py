@@ -25,8 +25,7 @@ def ranked(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -
 @functools.lru_cache(maxsize=16)  # the sizes of one search, which asks again after every few trials
 def guessed_us(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend) -> dict[Plan, float]:
     """Predicted time of every feasible plan by the resources its binary may take, the best first."""
-    guessed = _guessed(spec, arch, backend)
-    times = {plan: cost_model.latency_us(spec, workload, plan, arch, taken) for plan, taken in guessed.items()}
+    times = cost_model.latencies_us(spec, workload, _guessed(spec, arch, backend), arch)
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
@@ -42,13 +41,14 @@ def shortlist(spec: KernelSpec, workload: Workload, arch: Arch, backend: Backend
     order = ranked(spec, workload, arch, backend)
     chosen = [space.default_plan(spec, arch, backend)]
     for plan in order:
-        if len(chosen) < count and all(_differences(plan, other) >= LEAST_DIFFERENCES for other in chosen):
+        if len(chosen) < count and all(differences(plan, other) >= LEAST_DIFFERENCES for other in chosen):
             chosen.append(plan)
     rest = (plan for plan in order if plan not in chosen)
     return [*chosen, *itertools.islice(rest, max(0, count - len(chosen)))][:count]
 
 
-def _differences(first: Plan, second: Plan) -> int:
+def differences(first: Plan, second: Plan) -> int:
+    """Settings in which two plans of one space differ."""
     return sum(one != other for one, other in zip(first.settings, second.settings, strict=True))
 
 

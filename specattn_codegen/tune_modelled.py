@@ -30,7 +30,7 @@ from specattn_codegen.tune_session import (
 )
 from specattn_codegen.workforce import Pool, Workforce
 
-BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
+BATCH = 2  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
 SEARCH_SHARE = 0.6  # of a task's time; the rest is for proofs
 # Without a GPU only Triton's kernels are proved; others are compiled, ranked and recorded, and no pack takes them.
 INTERPRETED = ("triton",)

@@ -46,6 +46,20 @@ def some_plans(spec: KernelSpec, arch: Arch = H100) -> list[Plan]:
     return random.Random(spec.name).sample(plans, min(12, len(plans)))
 
 
+@pytest.mark.parametrize("spec", [*SPECS, *NEW], ids=lambda spec: spec.name)
+def test_plans_that_share_launches_are_predicted_as_each_on_its_own(spec: KernelSpec) -> None:
+    taken = {
+        plan: tuple(
+            dataclasses.replace(kernel, registers=kernel.registers + index % 3, spill_bytes=index % 2 * 64)
+            for kernel in cost_model.guess_resources(spec, plan, H100)
+        )
+        for index, plan in enumerate(random.Random(1).sample(list(space.feasible(spec, H100, "triton")), 100))
+    }
+    for arch in (H100, dataclasses.replace(H100, fit=(("launch", 1.5), ("memory", 1.1)))):
+        together = cost_model.latencies_us(spec, ROWS, taken, arch)
+        assert together == {plan: cost_model.latency_us(spec, ROWS, plan, arch, own) for plan, own in taken.items()}
+
+
 def test_the_floor_of_llama_3_by_hand() -> None:
     """4096 keys of 8 heads, K and V of 128 bfloat16 each; 7 rows of 32 heads read, written and summed up."""
     work = floor.least_work(VERIFY, Workload(batch=2, q_len=7, kv_len=4096))

@@ -8,9 +8,11 @@ from pathlib import Path
 from pack_cases import ARCH, SCORED, SMALL, VERIFY, entry, publish
 from specattn_codegen import gpus, space
 from specattn_codegen.plan import Plan
-from specattn_codegen.seeds import KIN_SEEDS, model_seeds, seeds_for
+from specattn_codegen.seeds import AS_GOOD, KIN_SEEDS, MODELLED_SEEDS, model_seeds, modelled_seeds, seeds_for
+from specattn_codegen.shortlist import guessed_us
 from specattn_codegen.spec import Workload
 from specattn_codegen.tune_session import Target, Task
+from specattn_codegen.workloads import default_workloads
 
 TARGET = Target(arch=ARCH, backend="triton", is_present=True, page_size=16)
 TASK = Task(spec=VERIFY, workloads=(SMALL,))
@@ -49,3 +51,25 @@ def test_kin_are_few_of_this_very_kernel_and_feasible_here(tmp_path: Path) -> No
     kin(other, (SMALL, too_large))
     small = Target(arch=gpus.find("rtx4090"), backend="triton", is_present=True, page_size=16)
     assert too_large not in seeds_for(TASK, small, [other])
+
+
+def test_where_nothing_is_timed_few_plans_that_serve_every_size_come_first(tmp_path: Path) -> None:
+    target = dataclasses.replace(TARGET, is_present=False)
+    task = Task(spec=SCORED, workloads=default_workloads(SCORED, ARCH))
+    guesses = [guessed_us(SCORED, workload, ARCH, "triton") for workload in task.workloads]
+    seeds = modelled_seeds(task, target)
+    assert seeds_for(task, target, [tmp_path]) == seeds
+    assert len(set(seeds)) == len(seeds) == MODELLED_SEEDS
+
+    limits = [(1 + AS_GOOD) * min(times.values()) for times in guesses]
+    serves = {plan: {size for size, times in enumerate(guesses) if times[plan] <= limits[size]} for plan in guesses[0]}
+    everything, served = set(range(len(guesses))), serves[space.default_plan(SCORED, ARCH, "triton")]
+    assert served < everything
+    first = next(
+        count for count in range(len(seeds)) if served.union(*(serves[plan] for plan in seeds[:count])) == everything
+    )
+    assert first < len(everything) - len(served)  # a plan for each size would do as well
+    for place, plan in enumerate(seeds[:first]):
+        before = served.union(*(serves[plan] for plan in seeds[:place]))
+        most = max(len(sizes - before) for sizes in serves.values())
+        assert len(serves[plan] - before) == most > 0

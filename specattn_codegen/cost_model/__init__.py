@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.cost_model.attention import attention_launches
+from specattn_codegen.cost_model.attention import Likeness, attention_launches, launch_makers
 from specattn_codegen.cost_model.cpu import attention_terms, cpu_residency
 from specattn_codegen.cost_model.floor import floor_us, least_work
 from specattn_codegen.cost_model.grid import Launch, residency
@@ -27,6 +28,7 @@ __all__ = [
     "covers",
     "floor_us",
     "guess_resources",
+    "latencies_us",
     "latency_us",
     "predict",
     "why_unfit",
@@ -63,11 +65,35 @@ def predict(
 
 
 def latency_us(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]) -> float:
-    """That of the prediction, in half the time: for whoever ranks thousands of plans."""
+    """That of the prediction, in half the time."""
     if plan.backend == "cpu" and not arch.is_gpu:
         return _predict_cpu(spec, workload, plan, arch).latency_us
     terms = _terms(_launches(spec, workload, plan, arch, resources), arch)
     return sum(term.microseconds for term in _fitted(terms, arch))
+
+
+def latencies_us(
+    spec: KernelSpec, workload: Workload, taken: Mapping[Plan, tuple[Resources, ...]], arch: Arch
+) -> dict[Plan, float]:
+    """latency_us of thousands of plans, in a tenth of the time: a launch that plans share is worked out once."""
+    if not arch.is_gpu or spec.op == "select_kv":
+        return {plan: latency_us(spec, workload, plan, arch, resources) for plan, resources in taken.items()}
+    known: dict[Likeness, tuple[Term, bool]] = {}
+    times: dict[Plan, float] = {}
+    for plan, resources in taken.items():
+        terms: list[Term] = []
+        own = 0
+        for likeness, make in launch_makers(spec, workload, plan, arch, resources):
+            if likeness not in known:
+                launch = make()
+                (term,) = _fitted((launch.term(arch.num_sms),), arch)
+                known[likeness] = term, launch.within
+            term, within = known[likeness]
+            terms.append(term)
+            own += not within
+        terms += _fitted((_overhead(own),), arch)
+        times[plan] = sum(term.microseconds for term in terms)
+    return times
 
 
 def _launches(
@@ -81,11 +107,12 @@ def _launches(
 
 
 def _terms(launches: tuple[Launch, ...], arch: Arch) -> tuple[Term, ...]:
-    overhead = LAUNCH_US * sum(not launch.within for launch in launches)
-    return (
-        *(launch.term(arch.num_sms) for launch in launches),
-        Term(name="launches", microseconds=overhead, limit="launch"),
-    )
+    own = sum(not launch.within for launch in launches)
+    return (*(launch.term(arch.num_sms) for launch in launches), _overhead(own))
+
+
+def _overhead(launches: int) -> Term:
+    return Term(name="launches", microseconds=LAUNCH_US * launches, limit="launch")
 
 
 def _fitted(terms: tuple[Term, ...], arch: Arch) -> tuple[Term, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterator
 
 from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
@@ -33,6 +35,14 @@ PARTIALS_MERGED_AT_ONCE = 8  # of so many rows:
 ROWS_MERGED_AT_ONCE = 4
 FLOAT_BYTES = 4
 SECTOR_BYTES = 32  # of the L2; what one atomic addition costs it
+
+# What a launch's time depends on of a plan, besides what its binary takes: plans that agree in these share the launch.
+_SPLITS = ("block_m", "block_n", "num_warps", "ctas_per_sm", "split_keys")
+_ATTEND = (*_SPLITS, "kv_load", "float8", "score_method")
+_MERGE = (*_SPLITS, "merge")
+_SCORE = ("block_m", "num_warps", "float8", "score_method", "score_block_n")
+
+Likeness = tuple[object, ...]
 
 
 def num_splits(spec: KernelSpec, plan: Plan, workload: Workload, arch: Arch) -> int:
@@ -77,15 +87,26 @@ def attention_launches(
     spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
 ) -> tuple[Launch, ...]:
     """The kernels of one call, in order."""
-    by_name = {kernel.kernel: kernel for kernel in resources}
-    merging = by_name["attend_splits" if merges_last(plan) else "merge_splits"]
-    launches = [
-        _attend(spec, workload, plan, arch, by_name["attend_splits"]),
-        _merge(spec, workload, plan, arch, merging),
-    ]
+    return tuple(make() for _, make in launch_makers(spec, workload, plan, arch, resources))
+
+
+def launch_makers(
+    spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: tuple[Resources, ...]
+) -> Iterator[tuple[Likeness, Callable[[], Launch]]]:
+    """The kernels of one call, in order, each with what makes it like that of another plan: launches of one kernel,
+    workload and processor whose likeness is equal are equal."""
+    settings, by_name = plan.as_dict(), {kernel.kernel: kernel for kernel in resources}
+
+    def maker(
+        launch: Callable[..., Launch], names: tuple[str, ...], kernel: str
+    ) -> tuple[Likeness, Callable[[], Launch]]:
+        likeness = (kernel, by_name[kernel], *map(settings.get, names))
+        return likeness, functools.partial(launch, spec, workload, plan, arch, by_name[kernel])
+
+    yield maker(_attend, _ATTEND, "attend_splits")
+    yield maker(_merge, _MERGE, "attend_splits" if merges_last(plan) else "merge_splits")
     if spec.score is not None and not scores_directly(spec, plan, workload):
-        launches.append(_score(spec, spec.score, workload, plan, arch, by_name["score_keys"]))
-    return tuple(launches)
+        yield maker(functools.partial(_score, spec.score), _SCORE, "score_keys")
 
 
 def _shared_rates(spec: KernelSpec, plan: Plan, arch: Arch, blocks: int) -> MultiprocessorRates:
@@ -194,7 +215,7 @@ def _merge(spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resourc
 
 
 def _score(
-    spec: KernelSpec, score: ScoreSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources
+    score: ScoreSpec, spec: KernelSpec, workload: Workload, plan: Plan, arch: Arch, resources: Resources
 ) -> Launch:
     """A block makes one tile of scores, or one page that is larger than a tile."""
     keys = plan.integer("score_block_n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from types import ModuleType
@@ -88,10 +89,17 @@ def why_unserved(spec: KernelSpec, arch: Arch, backend: Backend) -> str | None:
 
 def feasible(spec: KernelSpec, arch: Arch, backend: Backend) -> Iterator[Plan]:
     """Every valid plan, in the order of the axes."""
+    return iter(_feasible(spec, arch, backend))
+
+
+@functools.lru_cache(maxsize=2)  # a search ranks them and walks through them
+def _feasible(spec: KernelSpec, arch: Arch, backend: Backend) -> tuple[Plan, ...]:
     if why_unserved(spec, arch, backend) is not None:
-        return
+        return ()
     space = axes(spec, backend)
-    for values in itertools.product(*(axis.values for axis in space)):
-        plan = Plan.of(backend, **dict(zip((axis.name for axis in space), values, strict=True)))
-        if _SPACES[backend].why_invalid(plan, spec, arch) is None:
-            yield plan
+    names = [axis.name for axis in space]
+    plans = (
+        Plan.of(backend, **dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(axis.values for axis in space))
+    )
+    return tuple(plan for plan in plans if _SPACES[backend].why_invalid(plan, spec, arch) is None)
