@@ -117,7 +117,8 @@ class Pack:
 
     @property
     def provenance(self) -> dict[str, dict[str, int]]:
-        """How many entries come from where: labels, proofs, compilers, devices and versions of this project."""
+        """How many entries come from where: labels, proofs, compilers, devices, versions of this project, and fits of
+        the cost model where there were any."""
         facts = {
             "chosen_by": [entry.chosen_by for entry in self.entries],
             "proved_by": [entry.proved_by for entry in self.entries],
@@ -125,6 +126,8 @@ class Pack:
             "device": [entry.environment.device or "none" for entry in self.entries],
             "specattn_codegen": [entry.environment.specattn_codegen for entry in self.entries],
         }
+        if any(entry.environment.fit for entry in self.entries):
+            facts["fit"] = [entry.environment.fit or "none" for entry in self.entries]
         return {name: dict(sorted(Counter(values).items())) for name, values in facts.items()}
 
 

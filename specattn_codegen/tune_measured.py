@@ -31,9 +31,9 @@ from specattn_codegen.tune_session import (
 from specattn_codegen.workforce import Pool, TuningJob, Workforce
 
 BATCH = 4  # plans proposed at a time, whatever the cores, so that a seed gives the same search everywhere
-TIMING_SECONDS = 0.5
+TIMING_SECONDS = 0.2  # of a candidate, which only has to show whether it may be among the fastest
 FINALISTS = 3  # besides the default
-FINAL_SECONDS = 1.0  # of timing for each finalist
+FINAL_SECONDS = 0.5  # for each finalist; what so short a time leaves open, the default keeps
 
 
 def tune_measured(

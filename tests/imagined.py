@@ -1,4 +1,4 @@
-"""A tuning run without a compiler: for tests of what is done with the answers."""
+"""A tuning run without a compiler, and a fit without measurements: for tests of what is done with the answers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model import guess_resources
+from specattn_codegen.cost_model.calibration import Agreement
+from specattn_codegen.environment import silicon
 from specattn_codegen.jobs import CompileJob
+from specattn_codegen.model_fit import ModelFit, model_digest
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.record import Stage
 from specattn_codegen.workforce import TuningJob
+
+
+def imagined_fit(arch: Arch, factors: dict[str, float]) -> ModelFit:
+    agreement = Agreement(cases=2, plans=8, rank_correlation=0.9, regret=0.1, error=0.2)
+    return ModelFit(arch=silicon(arch), model=model_digest(), factors=factors, as_it_is=agreement, fitted=agreement)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from imagined import imagined_fit
 from specattn_codegen import environment, gpus, model_fit, pack_file, record, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.cli.progress import microseconds
 from specattn_codegen.cost_model import guess_resources, latency_us, predict
-from specattn_codegen.cost_model.calibration import Agreement, terms_by_limit
+from specattn_codegen.cost_model.calibration import terms_by_limit
 from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.measure import summary
-from specattn_codegen.model_fit import ModelFit
 from specattn_codegen.outcome import Outcome, Status
 from specattn_codegen.plan import Plan
 from specattn_codegen.record import Record
@@ -118,14 +118,7 @@ def test_a_fit_is_written_and_then_taken_for_its_processor_alone(
 
 def written_fit(path: Path, **changes: object) -> Path:
     """A fit of the H100, changed and written with the digest of what it then says."""
-    agreement = Agreement(cases=2, plans=8, rank_correlation=0.9, regret=0.1, error=0.2)
-    whole = ModelFit(
-        arch=environment.silicon(H100.arch),
-        model=model_fit.model_digest(),
-        factors={"memory": 1.5},
-        as_it_is=agreement,
-        fitted=agreement,
-    )
+    whole = imagined_fit(H100.arch, {"memory": 1.5})
     model_fit.write(path, whole)
     assert model_fit.load(path, H100.arch) == whole
     path.write_text(pack_file.to_text({**json.loads(path.read_text()), **changes}))

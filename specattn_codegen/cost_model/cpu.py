@@ -1,7 +1,8 @@
 """Time of the CPU's attention kernels: tasks of whole tiles, dealt to the cores, then the merge. It ranks plans.
 
 A tile is read and multiplied; what its rows keep between tiles is rescaled once a tile; larger tiles do that less often
-and leave the caches sooner. Tasks are few and long or many and short; the last ones leave cores idle.
+and leave the caches sooner. Few rows of all heads go over a tile in strips of keys, in the order of memory, and have
+their results at hand for every strip. Tasks are few and long or many and short; the last ones leave cores idle.
 """
 
 from __future__ import annotations
@@ -11,25 +12,31 @@ import math
 from dataclasses import dataclass
 
 from specattn_codegen.arch import Arch
+from specattn_codegen.cost_model.attention import scored_rows
 from specattn_codegen.cost_model.floor import keys_read
 from specattn_codegen.cost_model.prediction import Residency, Term
 from specattn_codegen.plan import Plan
+from specattn_codegen.space.cpu import LANES
 from specattn_codegen.spec import DTYPE_BYTES, KernelSpec, Workload
 
 FLOAT_BYTES = 4
 MEMORY_LATENCY_US = 0.1
 USUAL_BANDWIDTH_GBS, USUAL_CORE_TFLOPS = 20.0, 0.15  # where nobody has measured the processor's
+NEAR_BYTES = 32 << 10  # as in the template: of the rows' running results, beyond which nothing goes in strips
+STRIP_KEYS = 8
+DIRECT_ROWS = 4  # that product=bf16 multiplies with keys as they lie, as it must in strips
 DENSE_LIMIT = 512  # tasks beyond which they are taken to be dealt evenly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuConstants:
-    """What no data sheet row holds, fitted to the sweeps verify-float32 and sparse-bfloat16 of
-    benchmarks/results/cpu-amd-epyc.
+    """What no data sheet row holds, fitted to the sweeps of benchmarks/results/cpu-amd-epyc: a prediction is typically
+    4 to 13 % off, and the first choice within 3 % of the best plan.
 
     fma_share, bf16_share  of the multiply-add rates that the engines reach on full blocks of rows
     softmax_ops            vector operations per logit
     rescale_bytes_ns       per byte of the running results, which every tile rescales
+    near_bytes_ns          the same, for every strip of keys
     key_ns                 per key and head of a tile: its rows' addresses
     locate_ns              per key of a tile, once for all heads of a task: its page, its place, its mask
     tile_ns                per tile and head
@@ -43,19 +50,20 @@ class CpuConstants:
     dump_ns, merge_ns      per byte of kept weights, and of partial results
     """
 
-    fma_share: float = 0.746
-    bf16_share: float = 0.791
+    fma_share: float = 1.0
+    bf16_share: float = 1.0
     softmax_ops: float = 8.0
     rescale_bytes_ns: float = 0.0296
-    key_ns: float = 26.8
-    locate_ns: float = 21.0
+    near_bytes_ns: float = 0.0016
+    key_ns: float = 24.0
+    locate_ns: float = 24.0
     tile_ns: float = 5.0
     transpose_ns: float = 0.0043
-    run_bytes: float = 598.0
+    run_bytes: float = 207.0
     task_us: float = 0.1
     overlap: float = 1.0
-    far_bytes: float = 473000.0
-    near_bytes: float = 28600.0
+    far_bytes: float = 1100000.0
+    near_bytes: float = 92000.0
     cache_bytes: float = 234000.0
     spill_cost: float = 0.144
     dump_ns: float = 0.0155
@@ -63,6 +71,12 @@ class CpuConstants:
 
 
 USUAL = CpuConstants()
+
+
+def strip_keys(rows: int, target: str) -> int:
+    """Keys of a strip: a block of r rows is multiplied with LANES / r keys at once."""
+    lanes = LANES[target]
+    return max(STRIP_KEYS, lanes if rows & 1 else lanes // 2 if rows & 2 else lanes // 4)
 
 
 def attention_terms(
@@ -85,23 +99,24 @@ def attention_terms(
     # One tile of one head.
     run = task_heads * heads.head_dim * spec.cache_bytes
     tile_bytes = tile * dims * spec.cache_bytes
-    # Scores that are made again from K read it and multiply by it twice.
-    again = 1 + (heads.head_dim / dims if settings.get("score_method") == "remat" else 0.0)
-    memory = again * tile_bytes * (1 + c.run_bytes / run) / bandwidth
-    block = 4 if is_fma else 8
+    # Scores that are made again from K read it twice, and multiply the scored rows by it twice.
+    again = heads.head_dim / dims if settings.get("score_method") == "remat" else 0.0
+    twice = scored_rows(spec.score, workload) / workload.q_len if spec.score is not None else 0.0
+    memory = (1 + again) * tile_bytes * (1 + c.run_bytes / run) / bandwidth
+    direct = is_fma or (plan["product"] == "bf16" and rows <= DIRECT_ROWS)
+    block = 4 if direct else 8
     blocks = rows // block + bin(rows % block).count("1")
-    products = again * 2.0 * tile * dims * (rows + 0.5 * (blocks * block - rows)) / rate
-    scratch = rows * tile * FLOAT_BYTES + rows * heads.v_head_dim * FLOAT_BYTES + tile_bytes
+    products = (1 + again * twice) * 2.0 * tile * dims * (rows + 0.5 * (blocks * block - rows)) / rate
+    results = rows * heads.v_head_dim * FLOAT_BYTES
+    scratch = rows * tile * FLOAT_BYTES + results + tile_bytes
+    strip = strip_keys(rows, arch.target)
+    in_strips = direct and task_heads > 1 and task_heads * results <= NEAR_BYTES and strip < tile
+    rescale_ns = c.near_bytes_ns * tile / strip if in_strips else c.rescale_bytes_ns
     other = (
         rows * tile * c.softmax_ops / vector
-        + (
-            rows * heads.v_head_dim * FLOAT_BYTES * c.rescale_bytes_ns
-            + tile * (c.key_ns + c.locate_ns / task_heads)
-            + c.tile_ns
-        )
-        / 1e3
+        + (results * rescale_ns + tile * (c.key_ns + c.locate_ns / task_heads) + c.tile_ns) / 1e3
     )
-    if not is_fma:
+    if not direct:
         other += tile * heads.head_dim * 2 * c.transpose_ns / 1e3
     if spec.score is not None and settings.get("score_method") != "remat":
         kept = DTYPE_BYTES[str(settings.get("score_dump", "float32"))]

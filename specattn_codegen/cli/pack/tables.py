@@ -29,8 +29,9 @@ def manifest_lines(pack: Pack, digest: str) -> list[str]:
     """What a pack is, as people ask about it."""
     silicon = pack.arch
     lines = {
-        "processor": f"{silicon.name} ({silicon.target}, {silicon.num_sms} multiprocessors or cores, "
-        f"{silicon.l2_bytes / 2**20:g} MiB of last-level cache"
+        "processor": f"{silicon.name} ({silicon.target}, {silicon.num_sms} multiprocessors or cores"
+        + (f" of {silicon.cpu_model}" if silicon.cpu_model else "")
+        + f", {silicon.l2_bytes / 2**20:g} MiB of last-level cache"
         + (f", {silicon.bandwidth_gbs:g} GB/s)" if silicon.bandwidth_gbs else ")"),
         "heads": pack.heads.name,
         "licence": pack.licence,
