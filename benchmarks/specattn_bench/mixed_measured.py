@@ -42,7 +42,9 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     every, verifying_all = part(every, "verify_attention", everyone, [batch.all_verifying for batch in turns])
     apart = [_both(*pair) for pair in zip(verifying, drafting, strict=True)] if verifying and drafting else []
     return timed(
-        [_contender(one, mixed, turn), _contender(two, apart, turn), _contender(every, verifying_all, turn)], seconds
+        [_contender(one, mixed, turn), _contender(two, apart, turn), _contender(every, verifying_all, turn)],
+        seconds,
+        arch,
     )
 
 

@@ -62,7 +62,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     for name, peer in PEERS.items():
         runs: list[Launch] = [peer(layout, gathering) for gathering in gatherings for layout in layouts]
         contenders.append((Series(case=case, name=name, kind="peer", work=work), in_turn(runs, turn)))
-    return timed(contenders, seconds)
+    return timed(contenders, seconds, arch)
 
 
 def _contender(

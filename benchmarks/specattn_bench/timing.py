@@ -5,10 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from specattn_codegen.arch import Arch
-from specattn_codegen.measure import copies
+from specattn_codegen.measure import Timer, copies, host_timer
 
 Launch = Callable[[], object]
+
+CACHES_OF_WEIGHTS = 4  # last-level caches
+
+
+def after_weights(arch: Arch) -> Timer:
+    """Times a launch in the state in which a decode step comes to it: what was read last, in order, were weights. So no
+    series pays for what the one before it has left to be written back, nor for what that has taught the prefetchers."""
+    weights = torch.ones(CACHES_OF_WEIGHTS * arch.l2_bytes // 4)
+
+    def timer(launch: Launch) -> float:
+        weights.sum()
+        return host_timer(launch)
+
+    return timer
 
 
 def turns(size_bytes: int, arch: Arch) -> tuple[int, Iterator[int]]:

@@ -42,7 +42,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     for name, run in peers.peer_launches(asked.heads, problem, arch).items():
         scored = name == peers.WITH_SCORES
         contenders.append((Series(case=case, name=name, kind="peer", work=work, scored=scored), run))
-    found = timed(contenders, seconds)
+    found = timed(contenders, seconds, arch)
     reading = min((one for one in found if one.kind == "beside"), key=_median)
     return [one for one in found if one.kind != "beside" or one is reading]
 
