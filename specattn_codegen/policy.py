@@ -33,7 +33,7 @@ class TopK:
         if (self.k is None) == (self.ratio is None):
             raise SpecError(f"TopK(k={self.k}, ratio={self.ratio}): give exactly one of k and ratio")
         if self.k is not None and self.k < 1:
-            raise SpecError(f"TopK(k={self.k}): must select at least 1 key; use draft_len 0 to switch speculation off")
+            raise SpecError(f"TopK(k={self.k}): must select at least 1 key; use preset dense to decode without drafts")
         if self.k is not None and (self.min or self.max is not None):
             raise SpecError(f"TopK(k={self.k}, min={self.min}, max={self.max}): min and max go with ratio, not with k")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:

@@ -24,6 +24,12 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float
 HISTOGRAM_BINS = 1024  # of non-negative float32 scores by their top 11 bits, `bits >> 21`: four bins an octave
 
 
+def require_type(name: str, value: object, wanted: type | tuple[type, ...], fix: str) -> None:
+    """Raises SpecError where a caller gives another kind of thing; fix says which to give, and how to get one."""
+    if not isinstance(value, wanted):
+        raise SpecError(f"{name} is of type {type(value).__name__}: must be {fix}")
+
+
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise SpecError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")
@@ -111,6 +117,9 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         require_choice("op", self.op, OPS)
+        require_type("heads", self.heads, HeadConfig, "a HeadConfig, as HeadConfig.from_model('llama3-8b')")
+        if self.score is not None:
+            require_type("score", self.score, ScoreSpec, "a ScoreSpec, as ScoreSpec(rows='all'), or None")
         require_choice("dtype", self.dtype, DTYPES)
         if self.kv_dtype == self.dtype or self.op == "select_kv":
             object.__setattr__(self, "kv_dtype", None)

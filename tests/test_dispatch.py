@@ -102,6 +102,11 @@ BAD_INPUTS: dict[str, tuple[Change, str]] = {
     "max_kv": (lambda _: {"max_kv": 10**9}, r"max_kv=1000000000"),
     "stride": (lambda p: {"q": p.q.repeat_interleave(2, dim=2)[:, :, ::2]}, r"last stride 2"),
     "sinks": (lambda _: {"sinks": torch.zeros(8)}, r"leave sinks out"),
+    "a list for rows": (lambda p: {"q": p.q.tolist()}, r"q is of type list: must be a torch.Tensor"),
+    "a list for lengths": (lambda p: {"kv_lens": p.kv_lens.tolist()}, r"kv_lens is of type list"),
+    "a list for a table": (lambda p: {"page_table": p.page_table.tolist()}, r"page_table is of type list"),
+    "a word for scores": (lambda _: {"score": "all"}, r"score is of type str: must be a ScoreSpec"),
+    "a tensor for an output": (lambda p: {"out": p.q.clone()}, r"out is of type Tensor"),
 }
 
 
@@ -132,6 +137,10 @@ def test_bad_selections_are_refused(kernels: Kernels, problem: AttentionProblem)
     for words, selection in bad_slots.items():
         with pytest.raises(SpecError, match=words):
             kernels.sparse_attention(*inputs(problem), selection, problem.tail_start, max_q=3)
+    with pytest.raises(SpecError, match="selection is of type tuple: must be a Selection"):
+        kernels.sparse_attention(*inputs(problem), (indices, counts), problem.tail_start, max_q=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match="policy is of type int: must be TopK, TopP or Threshold"):
+        kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), 8)  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match="sink=-1"):
         kernels.select_kv(torch.zeros(1, 2, 8), torch.tensor([8], dtype=torch.int32), TopK(k=2), sink=-1)
 
@@ -150,11 +159,13 @@ def test_tensors_elsewhere_and_huge_forced_runs_do_no_harm(kernels: Kernels) -> 
         ({"page_size": 0}, "page_size=0"),
         ({"dtype": torch.float64}, "float64"),
         ({"device": "meta"}, "meta"),
+        ({"device": "gpu"}, "device='gpu': must be cpu or cuda"),
+        ({"heads": "llama3-8b"}, "heads is of type str: must be a HeadConfig"),
     ],
 )
 def test_bad_load_arguments(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        load_kernels(HEADS, **arguments)  # pyright: ignore[reportArgumentType]
+        load_kernels(**{"heads": HEADS, **arguments})
 
 
 SELECTIONS: dict[str, tuple[Policy, dict[str, object]]] = {

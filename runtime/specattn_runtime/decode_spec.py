@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import TopK
+from specattn_codegen.spec import require_type
 from specattn_runtime.presets import Preset
 from specattn_runtime.sampling import GREEDY, Sampling
 
@@ -36,6 +37,7 @@ class DecodeSpec:
     stop_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        require_type("preset", self.preset, Preset, "a Preset, as preset_named('vegas') of specattn_runtime.presets")
         if self.draft_len < 1:
             raise SpecError(
                 f"draft_len={self.draft_len}: must be at least 1; to decode without drafts use preset dense"

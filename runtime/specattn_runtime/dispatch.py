@@ -1,4 +1,4 @@
-"""From a pack to a kernel: which plan serves a call, built at first use. Never tunes; says once which rung it took."""
+"""The operations as a caller has them: each call gets the kernel of its size, built at first use. Never tunes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from specattn_codegen.calls import AttentionInputs, attention_call, select_call
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.ladder import Candidate, Found, Ladder, Rung
+from specattn_codegen.kernel import Kernel
+from specattn_codegen.ladder import Ladder, Rung
 from specattn_codegen.policy import Policy
-from specattn_codegen.render import Source, render
+from specattn_codegen.render import render
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
-from specattn_codegen.staleness import grade_source
+from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload, require_type
+from specattn_runtime.plans import Plans, tune_command
+from specattn_runtime.scratch import Scratch
 
 logger = logging.getLogger("specattn")
 
@@ -66,13 +67,12 @@ class Kernels:
         self.page_size = page_size
         self.packs = packs
         self.rungs: dict[tuple[KernelSpec, Workload], Rung] = {}
-        self._strict = strict
         self._batch_invariant = batch_invariant
         self._keep_scratch = keep_scratch
         self._kernels: dict[tuple[KernelSpec, tuple[int, int, int, int]], Kernel] = {}
         self._specs: dict[tuple[Op, ScoreSpec | None, ScoreHeads | None], KernelSpec] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self._warned: set[str] = set()
+        self._scratch = Scratch(device, keep=keep_scratch)
+        self._plans = Plans(packs, tune_command(heads, arch, dtype, kv_dtype, page_size), strict=strict)
 
     def verify_attention(
         self,
@@ -98,9 +98,10 @@ class Kernels:
         q [total_q, Hq, D]; k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv] (any strides, unit
         last); page_table [B, max_pages], kv_lens [B], cu_q [B + 1] int32. Row i of request b sits at position
         `kv_lens[b] - q_len[b] + i` and sees the keys up to itself, its own included. max_q and max_kv bound rows and
-        keys per request. Scores: see ScoreSpec; columns at and past a request's prefix are left unwritten. lse_ref
-        [total_q, Hq] float32 goes with a reference normaliser; k_scale and v_scale, of one element or one per KV head,
-        with an 8-bit cache.
+        keys per request. Pages of a request's keys must be pages of the cache: nobody checks each call's table, and
+        one past the cache reads what lies there; entries past its keys are not followed. Scores: see ScoreSpec; columns
+        at and past a request's prefix are left unwritten. lse_ref [total_q, Hq] float32 goes with a reference
+        normaliser; k_scale and v_scale, of one element or one per KV head, with an 8-bit cache.
         Raises SpecError for inputs that break these rules.
         """
         spec = self._spec("verify_attention", score, None)
@@ -119,7 +120,7 @@ class Kernels:
             out=out,
         )
         kernel = self._kernel(spec, call.batch, max_q, call.max_kv, 0)
-        kernel.launch(call, self._workspace(kernel, call, workspace))
+        kernel.launch(call, self._scratch.lend(kernel.workspace_bytes(call), workspace))
         return VerifyOutput(call.out, call.lse, call.scores, call.histogram)
 
     def select_kv(
@@ -168,7 +169,7 @@ class Kernels:
         heads: ScoreHeads = "kv_head" if rows == union * self.heads.num_kv_heads else "layer"
         spec = self._spec("select_kv", None, heads)
         kernel = self._kernel(spec, layers * batch, 1, max(1, columns), call.indices.shape[-1])
-        kernel.launch(call, self._workspace(kernel, call, workspace))
+        kernel.launch(call, self._scratch.lend(kernel.workspace_bytes(call), workspace))
         return call.selection
 
     def sparse_attention(
@@ -198,8 +199,7 @@ class Kernels:
         the cache select nothing. The other arguments are those of verify_attention; with everything selected the
         results equal its results.
         """
-        layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
-        spec = self._spec("sparse_attention", None, "layer" if layer else "kv_head")
+        spec = self._spec("sparse_attention", None, self._rows_of(selection))
         inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
         self._require_here(q, "q")
         call = attention_call(
@@ -216,7 +216,7 @@ class Kernels:
             tail_start=tail_start,
         )
         kernel = self._kernel(spec, call.batch, max_q, call.max_kv, selection.indices.shape[2])
-        kernel.launch(call, self._workspace(kernel, call, workspace))
+        kernel.launch(call, self._scratch.lend(kernel.workspace_bytes(call), workspace))
         return SparseOutput(call.out, call.lse)
 
     def mixed_attention(
@@ -247,8 +247,7 @@ class Kernels:
         sparse_attention, whose score columns stay unwritten and whose histogram is 0. A verifying request's selection
         and tail_start are not read. The other arguments are those of the two.
         """
-        layer = selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1
-        spec = self._spec("mixed_attention", score, "layer" if layer else "kv_head")
+        spec = self._spec("mixed_attention", score, self._rows_of(selection))
         inputs = AttentionInputs(q, k_cache, v_cache, page_table, kv_lens, cu_q)
         self._require_here(q, "q")
         call = attention_call(
@@ -267,7 +266,7 @@ class Kernels:
             mode=mode,
         )
         kernel = self._kernel(spec, call.batch, max_q, call.max_kv, selection.indices.shape[2])
-        kernel.launch(call, self._workspace(kernel, call, workspace))
+        kernel.launch(call, self._scratch.lend(kernel.workspace_bytes(call), workspace))
         return VerifyOutput(call.out, call.lse, call.scores, call.histogram)
 
     def prepare(
@@ -283,11 +282,16 @@ class Kernels:
             self._kernel(self._spec("sparse_attention", None, score.heads), batch, 1, max_kv, budget)
 
     def _require_here(self, tensor: torch.Tensor, name: str) -> None:
+        require_type(name, tensor, torch.Tensor, "a torch.Tensor")
         if tensor.device.type != self.device.type:
             raise SpecError(
                 f"{name} is on {tensor.device}: these kernels were loaded for {self.device}; "
                 f"load them with device={tensor.device.type!r} or move the tensors"
             )
+
+    def _rows_of(self, selection: Selection) -> ScoreHeads:
+        require_type("selection", selection, Selection, "a Selection, as select_kv returns it")
+        return "layer" if selection.indices.shape[1] == 1 and self.heads.num_kv_heads > 1 else "kv_head"
 
     def _spec(self, op: Op, score: ScoreSpec | None, selection: ScoreHeads | None) -> KernelSpec:
         key = (op, score, selection)
@@ -327,7 +331,7 @@ class Kernels:
     def _build(self, spec: KernelSpec, workload: Workload) -> Kernel:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SpecError(f"{spec.name} is not built yet and a CUDA graph is being captured; call prepare() first")
-        found = self._plan(spec, workload)
+        found = self._plans.find(spec, workload)
         plan = found.plan
         if spec.op == "mixed_attention":
             plan = space.for_mixed(plan, spec, self.arch)
@@ -342,77 +346,8 @@ class Kernels:
         logger.info("%s %s: %s plan (%s)", spec.name, workload.name, found.rung, plan)
         self.rungs[spec, workload] = found.rung
         if found.candidate and found.candidate.entry.spec == spec and plan == found.plan:
-            self._warn_if_stale(found.candidate, source)
+            self._plans.warn_if_stale(found.candidate, source)
         return build.load(source)
-
-    def _plan(self, spec: KernelSpec, workload: Workload) -> Found:
-        found = self.packs.tuned(spec, workload)
-        if found is not None and found.rung != "sibling":
-            return found
-        message = (
-            f"no tuned entry for {ladder.tuned_as(spec).name} on {self.arch.name} ({self.heads.name}); "
-            f"to make one: {self._tune_command()}"
-        )
-        if found is not None and found.candidate is not None:
-            self._warn_once("sibling", f"{message}. Using one of a sibling: {found.candidate.path}")
-            return found
-        if self._strict:
-            raise SpecError(message)
-        found = self.packs.find(spec, workload)
-        taken = "the safe default plan"
-        if found.candidate is not None:
-            taken = f"the cost model's choice of the plans proved in {found.candidate.path}, untimed at these sizes"
-        self._warn_once("untuned", f"{message}. Using {taken}")
-        return found
-
-    def _warn_if_stale(self, candidate: Candidate, source: Source) -> None:
-        if grade_source(candidate.entry, source) == "stale":
-            self._warn_once(
-                "stale",
-                f"{candidate.path} was tuned before today's templates, space or compiler; its plans hold, its "
-                f"proofs and times are of earlier kernels; to renew it: {self._tune_command()}",
-            )
-
-    def _warn_once(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
-            logger.warning("%s.", message)
-
-    def _tune_command(self) -> str:
-        command = (
-            f"specattn-tune {self._heads_argument()} --gpu {self.arch.name} "
-            f"--dtype {self.dtype} --page-size {self.page_size}"
-        )
-        return command + (f" --kv-dtype {self.kv_dtype}" if self.kv_dtype else "")
-
-    def _heads_argument(self) -> str:
-        """Softcap, window, scale and sinks have no option of their own: they come with the model's configuration."""
-        heads = self.heads
-        plain = HeadConfig(
-            num_q_heads=heads.num_q_heads,
-            num_kv_heads=heads.num_kv_heads,
-            head_dim=heads.head_dim,
-            v_head_dim=heads.v_head_dim,
-        )
-        if heads != plain:
-            return "--model path/to/config.json"
-        value_dim = f",{heads.v_head_dim}" if heads.v_head_dim != heads.head_dim else ""
-        return f"--heads {heads.num_q_heads},{heads.num_kv_heads},{heads.head_dim}{value_dim}"
-
-    def _workspace(self, kernel: Kernel, call: Call, given: torch.Tensor | None) -> torch.Tensor:
-        needed = kernel.workspace_bytes(call)
-        if given is not None:
-            if given.dtype != torch.uint8 or given.numel() < needed or not given.is_contiguous():
-                raise SpecError(
-                    f"workspace of {given.numel()} {given.dtype}: needs {needed} contiguous torch.uint8 bytes"
-                )
-            return given
-        if self._keep_scratch and self._scratch.numel() >= needed:
-            return self._scratch
-        fresh = torch.empty(needed, dtype=torch.uint8, device=self.device)
-        if self._keep_scratch:
-            self._scratch = fresh
-        return fresh
 
 
 def load_kernels(
@@ -445,15 +380,14 @@ def load_kernels(
     Packs are read here; of explicit, environment, user, site and shipped ones the first that has an entry wins. Never
     tunes. Kernels are built at first use and kept in the cache folder; `prepare()` builds ahead.
     """
+    require_type("heads", heads, HeadConfig, "a HeadConfig, as HeadConfig.from_model('llama3-8b')")
     if dtype not in DTYPE_NAMES:
         raise SpecError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPE_NAMES))}")
     if kv_dtype not in (None, dtype, *FLOAT8_NAMES):
         raise SpecError(f"kv_dtype={kv_dtype}: must be {dtype} like q, or one of {', '.join(map(str, FLOAT8_NAMES))}")
     if page_size < 1:
         raise SpecError(f"page_size={page_size}: must be at least 1 key")
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise SpecError(f"device={device!s}: must be cpu or cuda")
+    place = _device(device)
     arch = cpu_info.detect(measure=False) if place.type == "cpu" else gpu_detect.local()
     explicit = (packs,) if isinstance(packs, (str, Path)) else packs
     layers = paths.pack_layers(*map(Path, explicit))
@@ -473,3 +407,13 @@ def load_kernels(
         batch_invariant=batch_invariant,
         keep_scratch=keep_scratch,
     )
+
+
+def _device(named: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(named)
+    except RuntimeError as error:  # in words that name every device torch was ever built for
+        raise SpecError(f"device={named!r}: must be cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f"device={named!s}: must be cpu or cuda")
+    return device
