@@ -1,7 +1,8 @@
 """What select_kv promises for any scores, on every backend.
 
 Properties by number, and what holds each; `cpu:` is tests/test_cpu_select.py, `triton:` test_triton_select.py,
-`oracle:` test_reference_select.py, and both backends are held against that oracle there.
+`oracle:` test_reference_select.py, and every backend is held against that oracle there; TileLang by its twin in C,
+which test_tilelang_select.py tests as well.
 
 21  values are those of torch.topk       test_values_are_those_of_torch_topk
                                          cpu: test_long_hostile_rows, test_a_million_ties_take_the_smallest_indices
@@ -26,6 +27,7 @@ and unions over rows: test_a_union_*
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ from specattn_codegen.results import Selection
 from specattn_codegen.spec import KernelSpec
 from triton_cases import DEVICE
 
-Backend = Literal["cpu", "triton"]
+Backend = Literal["cpu", "triton", "tilelang"]
 SPEC = KernelSpec(op="select_kv", heads=HeadConfig(num_q_heads=2, num_kv_heads=2, head_dim=8), selection="kv_head")
 ANY_INPUT = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -84,6 +86,10 @@ def selector(backend: Backend) -> Selector:
     if backend == "cpu":
         kernel: Kernel = cpu.load(render(SPEC, Plan.of("cpu", sampled=16), cpu_info.instruction_set()))
         return Selector(kernel=kernel, device=torch.device("cpu"), columns=3001)
+    if backend == "tilelang":
+        pytest.importorskip("tilelang", reason="TileLang is not installed")
+        twin = importlib.import_module("tilelang_cases").select_twin()
+        return Selector(kernel=twin, device=torch.device("cpu"), columns=601)
     plan = Plan.of("triton", block_n=64, num_warps=4, radix_bits=8, max_splits=4)
     return Selector(kernel=triton.load(render(SPEC, plan, "triton")), device=DEVICE, columns=90)
 
@@ -172,7 +178,7 @@ def test_forced_keys_are_kept_once_and_inside_the_budget(
 
 
 @pytest.mark.parametrize("policy", [TopK(k=12), TopK(k=3), TopP(0.9, max=11)], ids=str)
-def test_forced_keys_of_either_backend(select: Selector, policy: Policy) -> None:
+def test_forced_keys_of_every_backend(select: Selector, policy: Policy) -> None:
     """Inside the budget, and where they pass it."""
     check_forced(select(random_scores(1, 1, [70], 80, seed=3), [70], policy, sink=4, recent=6), 70)
 

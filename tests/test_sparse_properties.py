@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -41,7 +42,7 @@ from specattn_codegen.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads
 
-Backend = Literal["cpu", "triton"]
+Backend = Literal["cpu", "triton", "tilelang"]
 Run = Callable[[AttentionProblem], AttentionCall]
 PAGE_SIZE = 16
 HEADS = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
@@ -58,7 +59,9 @@ def spec_of(
     dtype: Dtype = "float32",
     kv_dtype: KvDtype | None = None,
 ) -> KernelSpec:
-    page_size = PAGE_SIZE if backend == "triton" else 0
+    page_size = 0 if backend == "cpu" else PAGE_SIZE
+    if backend == "tilelang":
+        dtype = "float16"  # of its products
     return KernelSpec(op=op, heads=heads, dtype=dtype, kv_dtype=kv_dtype, page_size=page_size, selection=selection)
 
 
@@ -68,6 +71,11 @@ def runner(backend: Backend, spec: KernelSpec) -> Run:
     if backend == "cpu":
         kernel = cases.kernel_for(spec)
         return lambda problem: cases.run(kernel, problem)
+    if backend == "tilelang":
+        pytest.importorskip("tilelang", reason="TileLang is not installed")
+        twins = importlib.import_module("tilelang_cases")
+        twin = twins.twin(spec)
+        return lambda problem: twins.run(twin, problem)
     attention = triton_cases.attention_kernel(spec)
     return lambda problem: triton_cases.run(attention, problem)
 
@@ -295,9 +303,10 @@ def test_a_slot_outside_the_cache_selects_nothing(backend: Backend, slot_dtype: 
     assert result.passed, result.detail
 
 
-def test_a_mixed_batch_reads_slots() -> None:
-    spec = spec_of("cpu", op="mixed_attention")
-    run = runner("cpu", spec)
+@pytest.mark.parametrize("backend", ["cpu", "tilelang"])
+def test_a_mixed_batch_reads_slots(backend: Backend) -> None:
+    spec = spec_of(backend, op="mixed_attention")
+    run = runner(backend, spec)
     problem = attention_problem(spec, q_lens=[3, 1, 2], kv_lens=[70, 90, 33], page_size=PAGE_SIZE, seed=3, budget=20)
     placed = with_slots(problem, torch.int64)
     placed.page_table[::2] = problem.page_table[::2]  # of the requests that verify

@@ -112,8 +112,6 @@ def test_a_missing_compiler_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_
     ("spec", "reason"),
     [
         (dataclasses.replace(verify(None), dtype="float32"), "TF32"),
-        (dataclasses.replace(verify(None), kv_dtype="float8_e4m3"), "reads caches of the queries' type"),
-        (verify(ScoreSpec(histogram=True)), "scores of tokens without histogram"),
         (verify(None, HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=40)), "multiples of 16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,22 +12,28 @@ from specattn_codegen.errors import BuildError
 from specattn_codegen.plan import Plan
 from specattn_codegen.prove import ON_DEVICE, prove
 from specattn_codegen.render import render
+from specattn_codegen.space.triton import score_methods
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")
 
-from tilelang_cases import SMALL, mixed_spec, plan_for, sparse_spec, verify_spec
+from tilelang_cases import SELECT, SMALL, mixed_spec, plan_for, sparse_spec, verify_spec
 
-SELECT = KernelSpec(op="select_kv", heads=SMALL, selection="kv_head")
 WORKLOAD = Workload(batch=1, q_len=5, kv_len=2500, budget=256)
 SPECS = (
     verify_spec(SMALL),
     verify_spec(SMALL, ScoreSpec()),
     verify_spec(SMALL, ScoreSpec(rows="ends", heads="layer")),
     verify_spec(SMALL, ScoreSpec(normaliser="reference")),
+    verify_spec(SMALL, ScoreSpec(value="logit", granularity="page_max")),
+    verify_spec(SMALL, ScoreSpec(granularity="page_mean", histogram=True)),
+    verify_spec(SMALL, ScoreSpec(granularity="page_max"), page_size=100),
+    dataclasses.replace(verify_spec(SMALL, ScoreSpec()), kv_dtype="float8_e4m3"),
+    dataclasses.replace(sparse_spec(SMALL), kv_dtype="float8_e5m2"),
     sparse_spec(SMALL),
     mixed_spec(SMALL),
     mixed_spec(SMALL, ScoreSpec()),
+    mixed_spec(SMALL, ScoreSpec(histogram=True)),
     SELECT,
 )
 
@@ -36,7 +44,10 @@ SPECS = (
 def test_kernels_equal_the_oracle(spec: KernelSpec) -> None:
     arch = gpu_detect.local()
     other = Plan.of("tilelang", block_n=1024, num_warps=4, radix_bits=11, max_splits=8)
-    for plan in (space.default_plan(spec, arch, "tilelang"), other if spec is SELECT else plan_for(spec)):
+    plans = [space.default_plan(spec, arch, "tilelang"), other if spec is SELECT else plan_for(spec)]
+    if spec.score is not None:  # by every way to make it
+        plans += [plan_for(spec, score_method=method) for method in score_methods(spec.score)[1:]]
+    for plan in plans:
         _prove(spec, plan)
 
 

@@ -30,7 +30,14 @@ def _mixed(score: ScoreSpec | None, heads: HeadConfig) -> KernelSpec:
 CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     "verify_attention": (_verify(None), {}),
     "verify_attention_pillar": (_verify(ScoreSpec(rows="all", heads="kv_head")), {}),
-    "verify_attention_vegas": (_verify(ScoreSpec(rows="ends", heads="layer")), {"split_keys": 2048, "ctas_per_sm": 1}),
+    "verify_attention_vegas": (
+        _verify(ScoreSpec(rows="ends", heads="layer")),
+        {"split_keys": 2048, "ctas_per_sm": 1, "score_method": "dump"},
+    ),
+    "verify_attention_pages": (
+        dataclasses.replace(_verify(ScoreSpec(granularity="page_max", histogram=True)), kv_dtype="float8_e4m3"),
+        {},
+    ),
     "verify_attention_reference": (
         dataclasses.replace(
             _verify(ScoreSpec(normaliser="reference")),

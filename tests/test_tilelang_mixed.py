@@ -45,12 +45,21 @@ def test_every_mix_equals_the_oracle() -> None:
         (SEVERAL_TILES, ScoreSpec(normaliser="reference"), "kv_head"),
         (EVERYTHING, ScoreSpec(rows="last"), "layer"),
         (EVERYTHING, ScoreSpec(value="logit", heads="layer"), "kv_head"),
+        (SMALL, ScoreSpec(granularity="page_max", histogram=True), "kv_head"),
     ],
-    ids=["vegas", "several tiles", "reference", "everything", "logits"],
+    ids=["vegas", "several tiles", "reference", "everything", "logits", "pages"],
 )
 def test_scores_and_heads_equal_the_oracle(heads: HeadConfig, score: ScoreSpec, selection: ScoreHeads) -> None:
     kernel = twin(mixed_spec(heads, score, selection), ctas_per_sm=2)
     result = verdict(kernel, ragged(kernel.spec, [0, 1, 0, 0, 1, 0, 1]))
+    assert result.passed, result.detail
+
+
+def test_8_bit_caches_and_kept_weights_equal_the_oracle() -> None:
+    """Scales reach what one program writes, what several leave to be merged, and scores."""
+    spec = dataclasses.replace(mixed_spec(EVERYTHING, ScoreSpec(rows="ends")), kv_dtype="float8_e5m2")
+    kernel = twin(spec, ctas_per_sm=2, score_method="dump")
+    result = verdict(kernel, ragged(spec, [0, 1, 0, 0, 1, 0, 1]))
     assert result.passed, result.detail
 
 

@@ -13,35 +13,20 @@ from hypothesis import strategies as st
 from select_cases import MASSES, NAN, SCORES, any_mass, any_score, call_of, rows_of, threshold, top_k, top_p
 from specattn_codegen import reference
 from specattn_codegen.check import check_selection
-from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import SelectCall
-from specattn_codegen.plan import Plan
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP
 from specattn_codegen.problems import random_scores
-from specattn_codegen.render import render
-from specattn_codegen.spec import KernelSpec
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")
 
-from specattn_codegen.build import tilelang_twin
 from specattn_codegen.build.tilelang import SelectKernel
-
-SPEC = KernelSpec(op="select_kv", heads=HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32), selection="kv_head")
-MANY_SMS = 64  # enough that four blocks share a row of several tiles
-
-
-def select_kernel(**changes: int) -> SelectKernel:
-    """Tiles of two lines, so that short rows have several."""
-    plan = Plan.of("tilelang", block_n=64, num_warps=1, radix_bits=8, max_splits=4).replace(**changes)
-    kernel = tilelang_twin.load(render(SPEC, plan, "tilelang"), MANY_SMS)
-    assert isinstance(kernel, SelectKernel)
-    return kernel
+from tilelang_cases import MANY_SMS, select_twin
 
 
 # Compiled once: what TileLang takes half a minute for differs in nothing but the device it stands for.
 @pytest.fixture(scope="module")
 def shared() -> SelectKernel:
-    return select_kernel()
+    return select_twin()
 
 
 @pytest.fixture(params=[1, MANY_SMS], ids=["one block", "several blocks"])
@@ -159,7 +144,7 @@ def test_what_is_no_mass_harms_no_memory(kernel: SelectKernel) -> None:
 
 
 def test_digits_of_eleven_bits_and_lines_of_two_warps() -> None:
-    kernel = select_kernel(radix_bits=11, num_warps=2, block_n=128)
+    kernel = select_twin(radix_bits=11, num_warps=2, block_n=128)
     scores = torch.stack([make(390) for make in SCORES.values()])[:, None]
     for num_sms in (1, MANY_SMS):
         one = dataclasses.replace(kernel, num_sms=num_sms)

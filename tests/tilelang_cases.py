@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from specattn_codegen.build import tilelang_twin
-from specattn_codegen.build.tilelang import AttentionKernel
+from specattn_codegen.build.tilelang import AttentionKernel, SelectKernel
 from specattn_codegen.calls import problem_call
 from specattn_codegen.check import Verdict, check_attention
 from specattn_codegen.heads import HeadConfig
@@ -13,11 +15,13 @@ from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.render import render
-from specattn_codegen.space.tilelang import score_method
+from specattn_codegen.space.triton import score_methods
 from specattn_codegen.spec import KernelSpec, ScoreHeads, ScoreSpec
 
 SMALL = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=32)
+SELECT = KernelSpec(op="select_kv", heads=SMALL, selection="kv_head")
 SMS = 4  # multiprocessors the twin stands for: enough that small problems are split
+MANY_SMS = 64  # enough that four blocks share a row of scores of several tiles
 
 
 def verify_spec(heads: HeadConfig, score: ScoreSpec | None = None, page_size: int = 16) -> KernelSpec:
@@ -46,14 +50,25 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
     }
     if spec.op == "verify_attention":
         settings |= {"kv_load": "pointer"}
+    if spec.is_float8:
+        settings |= {"float8": "bits"}
     if spec.score is not None:
-        settings |= {"score_method": score_method(spec.score), "score_block_n": 128}
+        settings |= {"score_method": score_methods(spec.score)[0], "score_block_n": 64}
     return Plan.of("tilelang", **{**settings, **changes})
 
 
 def twin(spec: KernelSpec, **changes: Setting) -> AttentionKernel:
     kernel = tilelang_twin.load(render(spec, plan_for(spec, **changes), "tilelang"), num_sms=SMS)
     assert isinstance(kernel, AttentionKernel)
+    return kernel
+
+
+@functools.cache
+def select_twin(**changes: Setting) -> SelectKernel:
+    """Tiles of two lines, so that short rows have several. Kept, as TileLang takes half a minute for it."""
+    plan = Plan.of("tilelang", block_n=64, num_warps=1, radix_bits=8, max_splits=4).replace(**changes)
+    kernel = tilelang_twin.load(render(SELECT, plan, "tilelang"), MANY_SMS)
+    assert isinstance(kernel, SelectKernel)
     return kernel
 
 

@@ -9,7 +9,8 @@ from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
 from specattn_codegen.space.axis import Axis
-from specattn_codegen.spec import KernelSpec, ScoreSpec
+from specattn_codegen.space.triton import score_methods
+from specattn_codegen.spec import KernelSpec
 
 SPLIT_KEYS = (512, 2048)  # fixed lengths of a split, whole tiles of every block_n
 BLOCKS_PER_SM = 2  # blocks of the default plan that share a multiprocessor, so that one reads while one computes
@@ -20,6 +21,7 @@ WARP_GROUP_REGISTERS = {"pointer": 128, "descriptor": 160}
 WARP_GROUP_ROWS = 64
 WARP_ROWS = 16  # of the smallest product of tensor cores
 WARP_KEYS = 8
+SCORE_ROWS = 32  # that keys are multiplied with at a time where they are read a second time for their scores
 MASS_BINS = 16  # of select_kv's sums by digit, as in the template
 HISTOGRAM_BINS = 1024
 COUNTERS = 8192  # of digits, but at most 16 a digit
@@ -35,8 +37,8 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
                   num_stages - 1 buffers, which it makes for descriptors alone
     kv_load       how tiles of keys and values are read: through pointers, by every warp; or with a tensor descriptor of
                   the cache by the processor's tensor memory accelerator, which four further warps feed
-    score_method  dump: attend_splits keeps its weights for score_keys; fused: it averages over its rows at once, which
-                  needs no log-sum-exp of its own rows
+    float8        how an 8-bit cache is converted: by shifting the fields of its bytes
+    score_method  as Triton's
     """
     if spec.op == "select_kv":
         return (
@@ -55,14 +57,11 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
     )
     if spec.op == "verify_attention":
         attention = (*attention, Axis("kv_load", ("pointer", "descriptor")))
+    if spec.is_float8:
+        attention = (*attention, Axis("float8", ("bits",)))
     if spec.score is None:
         return attention
-    return (*attention, Axis("score_method", (score_method(spec.score),)), Axis("score_block_n", (128, 256)))
-
-
-def score_method(score: ScoreSpec) -> str:
-    """Logits, and weights with a given reference, are known at once; other weights once a row has seen every key."""
-    return "fused" if score.value == "logit" or score.normaliser == "reference" else "dump"
+    return (*attention, Axis("score_method", score_methods(spec.score)), Axis("score_block_n", (64, 128, 256)))
 
 
 def why_unserved(spec: KernelSpec) -> str | None:
@@ -71,15 +70,11 @@ def why_unserved(spec: KernelSpec) -> str | None:
         return None
     if spec.dtype == "float32":
         return "dtype=float32: TileLang's products of float32 round to TF32; use float16 or bfloat16, or backend triton"
-    if spec.is_float8:
-        return f"kv_dtype={spec.kv_dtype}: TileLang reads caches of the queries' type; use backend triton"
     if spec.heads.head_dim % WARP_ROWS or spec.heads.v_head_dim % WARP_ROWS:
         return (
             f"head_dim={spec.heads.head_dim}, v_head_dim={spec.heads.v_head_dim}: TileLang's products need multiples "
             f"of {WARP_ROWS}; use backend triton"
         )
-    if spec.score is not None and (spec.score.histogram or spec.score.by_page):
-        return f"score {spec.score.name}: TileLang emits scores of tokens without histogram; use backend triton"
     return None
 
 
@@ -128,8 +123,10 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
         )
         if spec.op == "verify_attention":
             plan = plan.replace(kv_load="pointer")
+        if spec.is_float8:
+            plan = plan.replace(float8="bits")
         if spec.score is not None:
-            plan = plan.replace(score_method=score_method(spec.score), score_block_n=128)
+            plan = plan.replace(score_method=score_methods(spec.score)[0], score_block_n=64)
         yield plan
 
 
@@ -140,7 +137,18 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
     weights = 0 if block_m >= WARP_ROWS * plan.integer("num_warps") else block_m * block_n
     buffers = max(1, plan.integer("num_stages") - 1)
     elements = buffers * block_n * dims + block_m * spec.heads.head_dim + weights
-    return spec.dtype_bytes * elements
+    converted = block_n * dims if spec.is_float8 else 0
+    needed = spec.dtype_bytes * elements + converted
+    if plan.get("score_method") == "remat":
+        needed = max(needed, _score_smem_bytes(plan, spec))
+    return needed
+
+
+def _score_smem_bytes(plan: Plan, spec: KernelSpec) -> int:
+    """Shared memory of the kernel that reads the keys a second time: a tile of keys and one of queries."""
+    keys = plan.integer("score_block_n") * spec.heads.head_dim
+    queries = min(plan.integer("block_m"), SCORE_ROWS) * spec.heads.head_dim
+    return spec.dtype_bytes * (keys + queries) + (keys if spec.is_float8 else 0)
 
 
 def selection_smem_bytes(plan: Plan) -> int:
@@ -213,6 +221,8 @@ def _why_loads_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
         if num_stages > 2:
             return f"num_stages={num_stages}: TileLang has one buffer of what is read through pointers; use 2"
         return None
+    if spec.is_float8:
+        return "kv_load=descriptor: TileLang converts 8-bit caches on their way through pointers; use kv_load=pointer"
     if arch.compute_capability < 90:
         return f"kv_load=descriptor: {arch.name} has no tensor memory accelerator; use kv_load=pointer"
     if num_stages < 2:

@@ -12,7 +12,7 @@ The lists of all requests, KV heads and tiles of rows lie end to end, and every 
 tiles of keys, whatever requests they belong to. A list that one program reads whole is done; of others, programs leave
 partial results in slots of their own, which merge_splits combines.
 
-attend_splits also keeps the weights it saw, which score_keys rescales to the final log-sum-exp and averages.
+score_keys then reads the keys once more, now that the rows' log-sum-exp is known, and averages their weights.
 
 The grid comes from the device; modes, lengths and counts are read on it, so that a captured launch stays right for any
 batch within the bounds.
@@ -44,7 +44,8 @@ CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCANNED_REQUESTS = 128  # whose work is added up at a time
 SCORE_HEADS = 4  # query heads averaged into one score
-SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_BLOCK_M = 32  # packed rows of a score tile
+SCORE_BLOCK_N = 64  # keys of a score tile
 SCORE_THREADS = 128
 # How scalars are declared: TileLang would write an expression out at every use of a plain name.
 INT = "int32"
@@ -95,8 +96,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             for n in T.Parallel(SCANNED_REQUESTS):
                 request = T.min(chunk * SCANNED_REQUESTS + n, num_requests - 1)
                 q_len, num_keys = cu_q[request + 1] - cu_q[request], T.max(kv_lens[request], 0)
-                drafted = T.min(T.max(counts[request * stride_counts + kv_head], 0), width) * keys_of_index
-                drafted += num_keys - T.min(T.max(tail_start[request], 0), num_keys)
+                tail = T.min(T.max(tail_start[request], 0), num_keys)
+                chosen = T.min(T.max(counts[request * stride_counts + kv_head], 0), width) * keys_of_index
+                # Without keys before the tail nothing can be selected.
+                drafted = chosen * T.min(tail, 1) + num_keys - tail
                 listed = T.if_then_else(mode[request] != 0, drafted, num_keys)
                 key_tiles = T.max(T.truncdiv(listed + BLOCK_N - 1, BLOCK_N), 1)
                 tiles = T.truncdiv(q_len * GROUP + BLOCK_M - 1, BLOCK_M)
@@ -115,6 +118,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         mode: T.Tensor((elements,), "int32"),  # [batch], 0 where a request verifies
         indices: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS, width], of blocks of keys_of_index keys
         counts: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS]
+        slots: T.Tensor((elements,), "int32"),  # [batch, rows, width, slot_words], where the cache has them
         tail_start: T.Tensor((elements,), "int32"),  # [batch]
         partial_out: T.Tensor((elements,), "float32"),  # [2 * programs, BLOCK_M, V_HEAD_DIM]
         partial_lse: T.Tensor((elements,), "float32"),  # [2 * programs, BLOCK_M], base 2
@@ -122,8 +126,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         pieces: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS, row_tiles], how many read it
         out: T.Tensor((elements,), DTYPE),  # [total_q, NUM_Q_HEADS, V_HEAD_DIM]
         lse: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS], natural logarithm
-        dump: T.Tensor((elements,), "float16"),  # [total_q, NUM_Q_HEADS, dump_columns] relative weights
-        dump_max: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
         stride_q_row: T.int64,
         stride_q_head: T.int64,
         stride_k_page: T.int64,
@@ -138,9 +140,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         stride_indices_request: T.int64,
         stride_indices_row: T.int64,
         stride_counts: T.int64,
-        dump_columns: T.int64,
         width: T.int32,
         keys_of_index: T.int32,
+        slot_words: T.int32,  # of 32 bits; 0 where the page table says where keys are
+        num_pages: T.int32,
         row_tiles: T.int32,
         num_requests: T.int32,
         programs: T.int32,
@@ -155,7 +158,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             T.assume(stride_v_page % vector == 0)
             T.assume(stride_v_slot % vector == 0)
             T.assume(stride_v_head % vector == 0)
-            T.assume(dump_columns % BLOCK_N == 0)
             q_tile = T.alloc_shared([BLOCK_M, HEAD_DIM], DTYPE)
             k_tile = T.alloc_shared([BLOCK_N, HEAD_DIM], DTYPE)
             v_tile = T.alloc_shared([BLOCK_N, V_HEAD_DIM], DTYPE)
@@ -166,7 +168,12 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             row_sum = T.alloc_fragment([BLOCK_M], "float32")
             shift = T.alloc_fragment([BLOCK_M], "float32")
             rescale = T.alloc_fragment([BLOCK_M], "float32")
-            keys = T.alloc_shared([BLOCK_N], INT)
+            keys = T.alloc_shared([BLOCK_N], INT)  # of a tile, negative for none,
+            pages = T.alloc_shared([BLOCK_N], INT)  # and where the cache holds them
+            page_slots = T.alloc_shared([BLOCK_N], INT)
+            blocks_of_slots = T.alloc_shared([BLOCK_N], "int64")
+            slot_shift = T.alloc_var("int64", init=T.max(slot_words - 1, 0) * 32)
+            blocks_of_page = T.alloc_var("int64", init=T.max(T.truncdiv(PAGE_SIZE, keys_of_index), 1))
             works = T.alloc_shared([SCANNED_REQUESTS], "int64")
             chunks = T.alloc_var(INT, init=T.truncdiv(num_requests + SCANNED_REQUESTS - 1, SCANNED_REQUESTS))
             all_work = T.alloc_var("int64", init=0)
@@ -208,10 +215,15 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 drafts = T.alloc_var("bool", init=mode[request] != 0)
                 prefix = T.alloc_var(INT, init=T.if_then_else(drafts, 0, kv_len - q_len))  # keys that have scores
                 count = T.alloc_var(INT, init=T.min(T.max(counts[request * stride_counts + kv_head], 0), width))
-                selected = T.alloc_var(INT, init=T.if_then_else(drafts, count * keys_of_index, 0))
                 tail = T.alloc_var(INT, init=T.if_then_else(drafts, tail_start[request], 0))
                 tail = T.min(T.max(tail, 0), num_keys)
+                selected = T.alloc_var(INT, init=T.if_then_else(drafts, count * keys_of_index * T.min(tail, 1), 0))
                 listed = T.alloc_var(INT, init=selected + num_keys - tail)
+                spare = T.alloc_var(INT, init=T.max(num_keys - 1, 0))
+                spare_page = T.alloc_var(INT, init=page_table[request * stride_table + T.truncdiv(spare, PAGE_SIZE)])
+                spare_slot = T.alloc_var(INT, init=T.truncmod(spare, PAGE_SIZE))
+                spare_page = T.min(T.max(spare_page, 0), num_pages - 1)
+                has_slots = T.alloc_var(INT, init=T.min(T.min(slot_words, selected), 1))
                 row_offset = T.alloc_var("int64", init=request * stride_indices_request + kv_head * stride_indices_row)
                 # At least one tile, so that rows without keys are written as well.
                 key_tiles = T.alloc_var(INT, init=T.max(T.truncdiv(listed + BLOCK_N - 1, BLOCK_N), 1))
@@ -252,16 +264,36 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                             selected_key = T.if_then_else(chosen_key < tail, chosen_key, -1)
                             key = T.if_then_else(place < selected, selected_key, tail + place - selected)
                             keys[n] = T.if_then_else(start + step * BLOCK_N + n < end, key, -1)
-                        # What stands for no key reads the first one: slots nobody wrote may hold NaN; 0 * NaN is NaN.
+                        for n in T.Parallel(BLOCK_N):
+                            # Slots nobody wrote may hold NaN, and 0 * NaN is NaN, so that no key is the spare one.
+                            key = T.if_then_else(keys[n] >= 0, keys[n], spare)
+                            page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                            pages[n] = T.if_then_else(keys[n] >= 0, page, spare_page)
+                            page_slots[n] = T.truncmod(key, PAGE_SIZE)
+                        # Selected blocks may say themselves where they are, in a 32-bit word or two; one step or none.
+                        for _ in T.serial(has_slots):
+                            for n in T.Parallel(BLOCK_N):
+                                place = T.min(start + step * BLOCK_N + n, selected - 1)
+                                word = (row_offset + T.truncdiv(place, keys_of_index)) * slot_words
+                                upper = T.shift_left(T.cast(slots[word + slot_words - 1], "int64"), slot_shift)
+                                lower_bits = T.shift_left(T.cast(1, "int64"), slot_shift) - 1
+                                blocks_of_slots[n] = upper | (T.cast(slots[word], "int64") & lower_bits)
+                            for n in T.Parallel(BLOCK_N):
+                                if start + step * BLOCK_N + n < selected:
+                                    # A block that is nowhere in the cache stands for none.
+                                    page = T.truncdiv(blocks_of_slots[n], blocks_of_page)
+                                    is_somewhere = T.And(blocks_of_slots[n] >= 0, page < num_pages)
+                                    found = T.And(is_somewhere, keys[n] >= 0)
+                                    block_slot = T.truncmod(blocks_of_slots[n], blocks_of_page) * keys_of_index
+                                    slot = block_slot + T.truncmod(start + step * BLOCK_N + n, keys_of_index)
+                                    pages[n] = T.if_then_else(found, T.cast(page, INT), spare_page)
+                                    page_slots[n] = T.if_then_else(found, T.cast(slot, INT), spare_slot)
+                                    keys[n] = T.if_then_else(found, keys[n], -1)
                         for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
-                            page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                            slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                            source = page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head
+                            source = pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head
                             k_tile[n, d] = k_cache[source + d]
                         for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
-                            page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                            slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                            source = page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head
+                            source = pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head
                             v_tile[n, d] = v_cache[source + d]
                         T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                         for m, n in T.Parallel(BLOCK_M, BLOCK_N):
@@ -269,19 +301,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                             visible = T.And(keys[n] >= 0, keys[n] <= position)
                             logits[m, n] = T.if_then_else(visible, logits[m, n] * LOGIT_SCALE, NEG_INF)
                         fold_tile(acc, row_max, row_sum, logits, weights, v_tile, shift, rescale)
-                        for m, n in T.Parallel(BLOCK_M, BLOCK_N):
-                            row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
-                            dump_row = (first_row + row) * NUM_Q_HEADS + head
-                            key = begin + step * BLOCK_N + n
-                            if T.And(row < rows, key < prefix):
-                                dump[dump_row * dump_columns + key] = T.cast(logits[m, n], "float16")
-                        for m in T.Parallel(BLOCK_M):
-                            row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
-                            dump_row = (first_row + row) * NUM_Q_HEADS + head
-                            is_scored = row < rows
-                            if T.And(is_scored, begin + step * BLOCK_N < prefix):
-                                dump_tile = T.truncdiv(begin, BLOCK_N) + step
-                                dump_max[dump_row * T.truncdiv(dump_columns, BLOCK_N) + dump_tile] = shift[m]
                     # Programs that read the list, of which the owner reads its first keys.
                     owner = T.alloc_var(INT, init=T.cast(T.truncdiv(before + tile_begin, share), INT))
                     tile_end = before + tile_begin + key_tiles
@@ -370,8 +389,9 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
 
     @T.prim_func
     def score_keys(
-        dump: T.Tensor((elements,), "float16"),  # [total_q, NUM_Q_HEADS, dump_columns] relative weights
-        dump_max: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
+        q: T.Tensor((elements,), DTYPE),  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+        k_cache: T.Tensor((elements,), DTYPE),  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+        page_table: T.Tensor((elements,), "int32"),  # [batch, max_pages]
         kv_lens: T.Tensor((elements,), "int32"),  # [batch]
         cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
         mode: T.Tensor((elements,), "int32"),  # [batch], 0 where a request verifies
@@ -379,16 +399,34 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         scores: T.Tensor((elements,), "float32"),  # [batch, NUM_KV_HEADS, max_kv]
         stride_scores_request: T.int64,
         stride_scores_row: T.int64,
-        dump_columns: T.int64,
+        stride_q_row: T.int64,
+        stride_q_head: T.int64,
+        stride_k_page: T.int64,
+        stride_k_slot: T.int64,
+        stride_k_head: T.int64,
+        stride_table: T.int64,
         score_tiles: T.int32,
         blocks: T.int32,
     ):
-        """Scores of a tile of prefix keys, from the kept weights.
+        """Scores of a tile of prefix keys, from the keys read again.
 
         Blocks are (tile x request, score row).
         """
         with T.Kernel(blocks, NUM_KV_HEADS, threads=SCORE_THREADS) as (block, score_row):
-            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            T.assume(stride_q_row % vector == 0)
+            T.assume(stride_q_head % vector == 0)
+            T.assume(stride_k_page % vector == 0)
+            T.assume(stride_k_slot % vector == 0)
+            T.assume(stride_k_head % vector == 0)
+            # Warps divide the keys, as they are more than the blocks of 16 rows.
+            score_policy = T.GemmWarpPolicy.FullCol
+            q_tile = T.alloc_shared([SCORE_BLOCK_M, HEAD_DIM], DTYPE)
+            k_tile = T.alloc_shared([SCORE_BLOCK_N, HEAD_DIM], DTYPE)
+            logits = T.alloc_fragment([SCORE_BLOCK_M, SCORE_BLOCK_N], "float32")
+            total = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            totals = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            row_lse = T.alloc_fragment([SCORE_BLOCK_M], "float32")
+            means = T.alloc_fragment([SCORE_BLOCK_N], "float32")
             tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
@@ -396,27 +434,48 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
             prefix = T.if_then_else(mode[request] == 0, prefix, 0)
             first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            start = T.alloc_var(INT, init=first)
+            end = T.alloc_var(INT, init=T.min(first + SCORE_BLOCK_N, prefix))
             # A block without keys does nothing: no step of its loops, and no score to write.
             live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
-            T.clear(mean)
-            for packed in T.serial(live * SCORE_HEADS):
-                rank, head = packed // SCORE_HEADS, score_row * SCORE_HEADS + packed % SCORE_HEADS
-                dumped = first_row + rank
-                dump_row = dumped * NUM_Q_HEADS + head
-                for n in T.Parallel(SCORE_BLOCK_N):
-                    row_lse = lse[T.cast(first_row + rank, "int64") * NUM_Q_HEADS + head] * LOG2E
-                    place = dump_row * dump_columns + first + n
-                    mean[n] += T.if_then_else(
-                        first + n < prefix,
-                        T.cast(dump[place], "float32") * T.exp2(dump_max[T.truncdiv(place, BLOCK_N)] - row_lse),
-                        0.0,
-                    )
+            T.clear(totals)
+            # A block without keys reads none.
+            for kv_head in T.serial(score_row, score_row + T.min(live, 1)):
+                # Past the end the last key is read again: slots nobody wrote may hold NaN.
+                for n, d in T.Parallel(SCORE_BLOCK_N, HEAD_DIM):
+                    key = T.min(start + n, end - 1)
+                    page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                    slot = T.truncmod(key, PAGE_SIZE)
+                    k_tile[n, d] = k_cache[page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head + d]
+                for step in T.serial(T.truncdiv(q_len * GROUP + SCORE_BLOCK_M - 1, SCORE_BLOCK_M)):
+                    for m, d in T.Parallel(SCORE_BLOCK_M, HEAD_DIM):
+                        packed = step * SCORE_BLOCK_M + m
+                        rank, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+                        q_tile[m, d] = T.if_then_else(
+                            rank < q_len,
+                            q[(first_row + rank) * stride_q_row + head * stride_q_head + d],
+                            T.cast(0, DTYPE),
+                        )
+                    T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=score_policy)
+                    for m in T.Parallel(SCORE_BLOCK_M):
+                        # Rows past the last get an infinite log-sum-exp, hence weight 0.
+                        packed = step * SCORE_BLOCK_M + m
+                        rank, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+                        place = T.cast(first_row + rank, "int64") * NUM_Q_HEADS + head
+                        row_lse[m] = T.if_then_else(rank < q_len, lse[place] * LOG2E, float("inf"))
+                    for m, n in T.Parallel(SCORE_BLOCK_M, SCORE_BLOCK_N):
+                        logits[m, n] = T.exp2(logits[m, n] * LOGIT_SCALE - row_lse[m])
+                    T.reduce_sum(logits, total, dim=0, clear=True)
+                    for n in T.Parallel(SCORE_BLOCK_N):
+                        totals[n] += total[n]
             for n in T.Parallel(SCORE_BLOCK_N):
                 # A fixed denominator: a key outside a row's window counts as weight 0.
-                mean[n] = mean[n] / T.cast(q_len * SCORE_HEADS, "float32")
+                mean = totals[n] / T.cast(q_len * SCORE_HEADS, "float32")
+                means[n] = mean
             for n in T.Parallel(SCORE_BLOCK_N):
                 if first + n < prefix:
-                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+                    place = request * stride_scores_request + score_row * stride_scores_row + first + n
+                    scores[place] = means[n]
 
     return attend_splits, merge_splits, score_keys
 
@@ -431,20 +490,17 @@ def num_programs(num_sms: int) -> int:
     return CTAS_PER_SM * num_sms
 
 
-def scratch_bytes(programs: int, batch: int, row_tiles: int, total_q: int, max_kv: int) -> list[int]:
+def scratch_bytes(programs: int, batch: int, row_tiles: int) -> list[int]:
     """Bytes of each scratch array, in the order in which they lie in the workspace."""
     partials, tiles = 2 * programs * BLOCK_M, batch * NUM_KV_HEADS * row_tiles
-    dumped = total_q * NUM_Q_HEADS
-    key_tiles = -(-max_kv // BLOCK_N)
-    kept = [dumped * key_tiles * BLOCK_N * 2, dumped * key_tiles * 4]
-    arrays = [partials * V_HEAD_DIM * 4, partials * 4, tiles * 4, tiles * 4, *kept]
+    arrays = [partials * V_HEAD_DIM * 4, partials * 4, tiles * 4, tiles * 4]
     return [-(-size // ALIGNMENT) * ALIGNMENT for size in arrays]
 
 
 def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Bytes of scratch that a launch of these sizes needs."""
     programs, row_tiles = num_programs(num_sms), row_tiles_of(max_q)
-    return sum(scratch_bytes(programs, batch, row_tiles, total_q, max_kv))
+    return sum(scratch_bytes(programs, batch, row_tiles))
 
 
 def launch(
@@ -459,6 +515,7 @@ def launch(
     mode: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor | None,
     tail_start: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -473,10 +530,9 @@ def launch(
 
     functions  what device_functions compiled to, by name, for a vector width: called with a grid and the arguments
     """
-    total_q, batch, row_tiles, programs = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q), num_programs(num_sms)
-    sizes = scratch_bytes(programs, batch, row_tiles, total_q, max_kv)
-    partial_out, partial_lse, owners, pieces, dump, dump_max = workspace[: sum(sizes)].split(sizes)
-    dump_columns = -(-max_kv // BLOCK_N) * BLOCK_N
+    batch, row_tiles, programs = kv_lens.shape[0], row_tiles_of(max_q), num_programs(num_sms)
+    sizes = scratch_bytes(programs, batch, row_tiles)
+    partial_out, partial_lse, owners, pieces = workspace[: sum(sizes)].split(sizes)
     places = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     aligned = all(array.data_ptr() % (VECTOR * array.element_size()) == 0 for array in (q, k_cache, v_cache))
     run = functions(VECTOR if aligned and all(place % VECTOR == 0 for place in places) else 1)
@@ -491,16 +547,14 @@ def launch(
         mode=mode,
         indices=indices,
         counts=counts,
+        slots=indices if slots is None else slots,
         tail_start=tail_start,
         partial_out=partial_out,
         partial_lse=partial_lse,
         owners=owners,
         pieces=pieces,
-        dump=dump,
-        dump_max=dump_max,
         out=out,
         lse=lse,
-        dump_columns=dump_columns,
         stride_q_row=q.stride(0),
         stride_q_head=q.stride(1),
         stride_k_page=k_cache.stride(0),
@@ -517,6 +571,8 @@ def launch(
         stride_counts=counts.stride(0),
         width=indices.shape[2],
         keys_of_index=block,
+        slot_words=0 if slots is None else slots.element_size() // 4,
+        num_pages=k_cache.shape[0],
         row_tiles=row_tiles,
         num_requests=batch,
         programs=programs,
@@ -539,8 +595,9 @@ def launch(
     score_tiles = -(-scores.shape[2] // SCORE_BLOCK_N)
     run["score_keys"](
         (score_tiles * batch, NUM_KV_HEADS),
-        dump=dump,
-        dump_max=dump_max,
+        q=q,
+        k_cache=k_cache,
+        page_table=page_table,
         kv_lens=kv_lens,
         cu_q=cu_q,
         mode=mode,
@@ -548,7 +605,12 @@ def launch(
         scores=scores,
         stride_scores_request=scores.stride(0),
         stride_scores_row=scores.stride(1),
-        dump_columns=dump_columns,
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_page=k_cache.stride(0),
+        stride_k_slot=k_cache.stride(1),
+        stride_k_head=k_cache.stride(2),
+        stride_table=page_table.stride(0),
         score_tiles=score_tiles,
         blocks=score_tiles * batch,
     )

@@ -47,7 +47,7 @@ CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCANNED_REQUESTS = 128  # whose work is added up at a time
 SCORE_HEADS = 32  # query heads averaged into one score
-SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_BLOCK_N = 64  # keys of a score tile
 SCORE_THREADS = 128
 # How scalars are declared: TileLang would write an expression out at every use of a plain name.
 INT = "int32"
@@ -98,8 +98,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             for n in T.Parallel(SCANNED_REQUESTS):
                 request = T.min(chunk * SCANNED_REQUESTS + n, num_requests - 1)
                 q_len, num_keys = cu_q[request + 1] - cu_q[request], T.max(kv_lens[request], 0)
-                drafted = T.min(T.max(counts[request * stride_counts + kv_head], 0), width) * keys_of_index
-                drafted += num_keys - T.min(T.max(tail_start[request], 0), num_keys)
+                tail = T.min(T.max(tail_start[request], 0), num_keys)
+                chosen = T.min(T.max(counts[request * stride_counts + kv_head], 0), width) * keys_of_index
+                # Without keys before the tail nothing can be selected.
+                drafted = chosen * T.min(tail, 1) + num_keys - tail
                 oldest = T.truncdiv(T.max(kv_lens[request] - q_len - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
                 verified = num_keys - T.min(oldest, num_keys)
                 listed = T.if_then_else(mode[request] != 0, drafted, verified)
@@ -120,6 +122,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         mode: T.Tensor((elements,), "int32"),  # [batch], 0 where a request verifies
         indices: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS, width], of blocks of keys_of_index keys
         counts: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS]
+        slots: T.Tensor((elements,), "int32"),  # [batch, rows, width, slot_words], where the cache has them
         tail_start: T.Tensor((elements,), "int32"),  # [batch]
         sinks: T.Tensor((elements,), "float32"),  # [NUM_Q_HEADS], natural units
         partial_out: T.Tensor((elements,), "float32"),  # [2 * programs, BLOCK_M, V_HEAD_DIM]
@@ -144,10 +147,13 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         stride_indices_request: T.int64,
         stride_indices_row: T.int64,
         stride_counts: T.int64,
-        batch: T.int64,
-        max_kv: T.int64,
+        stride_share_tile: T.int64,
+        stride_share_request: T.int64,
+        stride_share_head: T.int64,
         width: T.int32,
         keys_of_index: T.int32,
+        slot_words: T.int32,  # of 32 bits; 0 where the page table says where keys are
+        num_pages: T.int32,
         row_tiles: T.int32,
         num_requests: T.int32,
         programs: T.int32,
@@ -172,7 +178,12 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             row_sum = T.alloc_fragment([BLOCK_M], "float32")
             shift = T.alloc_fragment([BLOCK_M], "float32")
             rescale = T.alloc_fragment([BLOCK_M], "float32")
-            keys = T.alloc_shared([BLOCK_N], INT)
+            keys = T.alloc_shared([BLOCK_N], INT)  # of a tile, negative for none,
+            pages = T.alloc_shared([BLOCK_N], INT)  # and where the cache holds them
+            page_slots = T.alloc_shared([BLOCK_N], INT)
+            blocks_of_slots = T.alloc_shared([BLOCK_N], "int64")
+            slot_shift = T.alloc_var("int64", init=T.max(slot_words - 1, 0) * 32)
+            blocks_of_page = T.alloc_var("int64", init=T.max(T.truncdiv(PAGE_SIZE, keys_of_index), 1))
             works = T.alloc_shared([SCANNED_REQUESTS], "int64")
             chunks = T.alloc_var(INT, init=T.truncdiv(num_requests + SCANNED_REQUESTS - 1, SCANNED_REQUESTS))
             all_work = T.alloc_var("int64", init=0)
@@ -214,11 +225,16 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 drafts = T.alloc_var("bool", init=mode[request] != 0)
                 prefix = T.alloc_var(INT, init=T.if_then_else(drafts, 0, kv_len - q_len))  # keys that have scores
                 count = T.alloc_var(INT, init=T.min(T.max(counts[request * stride_counts + kv_head], 0), width))
-                selected = T.alloc_var(INT, init=T.if_then_else(drafts, count * keys_of_index, 0))
                 oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
                 tail = T.alloc_var(INT, init=T.if_then_else(drafts, tail_start[request], oldest))
                 tail = T.min(T.max(tail, 0), num_keys)
+                selected = T.alloc_var(INT, init=T.if_then_else(drafts, count * keys_of_index * T.min(tail, 1), 0))
                 listed = T.alloc_var(INT, init=selected + num_keys - tail)
+                spare = T.alloc_var(INT, init=T.max(num_keys - 1, 0))
+                spare_page = T.alloc_var(INT, init=page_table[request * stride_table + T.truncdiv(spare, PAGE_SIZE)])
+                spare_slot = T.alloc_var(INT, init=T.truncmod(spare, PAGE_SIZE))
+                spare_page = T.min(T.max(spare_page, 0), num_pages - 1)
+                has_slots = T.alloc_var(INT, init=T.min(T.min(slot_words, selected), 1))
                 row_offset = T.alloc_var("int64", init=request * stride_indices_request + kv_head * stride_indices_row)
                 # At least one tile, so that rows without keys are written as well.
                 key_tiles = T.alloc_var(INT, init=T.max(T.truncdiv(listed + BLOCK_N - 1, BLOCK_N), 1))
@@ -241,6 +257,8 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     begin = T.alloc_var(INT, init=tail + start)  # the first key, where a request verifies
                     kept = T.alloc_fragment([BLOCK_M, BLOCK_N], "float32")
                     total = T.alloc_fragment([BLOCK_N], "float32")
+                    row_share = T.alloc_var("int64", init=tile * stride_share_tile + request * stride_share_request)
+                    row_share += kv_head * stride_share_head
                     reference = T.alloc_fragment([BLOCK_M], "float32")
                     # A row that is not scored, or whose reference is not finite, weighs nothing.
                     for m in T.Parallel(BLOCK_M):
@@ -271,16 +289,36 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                             selected_key = T.if_then_else(chosen_key < tail, chosen_key, -1)
                             key = T.if_then_else(place < selected, selected_key, tail + place - selected)
                             keys[n] = T.if_then_else(start + step * BLOCK_N + n < end, key, -1)
-                        # What stands for no key reads the first one: slots nobody wrote may hold NaN; 0 * NaN is NaN.
+                        for n in T.Parallel(BLOCK_N):
+                            # Slots nobody wrote may hold NaN, and 0 * NaN is NaN, so that no key is the spare one.
+                            key = T.if_then_else(keys[n] >= 0, keys[n], spare)
+                            page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                            pages[n] = T.if_then_else(keys[n] >= 0, page, spare_page)
+                            page_slots[n] = T.truncmod(key, PAGE_SIZE)
+                        # Selected blocks may say themselves where they are, in a 32-bit word or two; one step or none.
+                        for _ in T.serial(has_slots):
+                            for n in T.Parallel(BLOCK_N):
+                                place = T.min(start + step * BLOCK_N + n, selected - 1)
+                                word = (row_offset + T.truncdiv(place, keys_of_index)) * slot_words
+                                upper = T.shift_left(T.cast(slots[word + slot_words - 1], "int64"), slot_shift)
+                                lower_bits = T.shift_left(T.cast(1, "int64"), slot_shift) - 1
+                                blocks_of_slots[n] = upper | (T.cast(slots[word], "int64") & lower_bits)
+                            for n in T.Parallel(BLOCK_N):
+                                if start + step * BLOCK_N + n < selected:
+                                    # A block that is nowhere in the cache stands for none.
+                                    page = T.truncdiv(blocks_of_slots[n], blocks_of_page)
+                                    is_somewhere = T.And(blocks_of_slots[n] >= 0, page < num_pages)
+                                    found = T.And(is_somewhere, keys[n] >= 0)
+                                    block_slot = T.truncmod(blocks_of_slots[n], blocks_of_page) * keys_of_index
+                                    slot = block_slot + T.truncmod(start + step * BLOCK_N + n, keys_of_index)
+                                    pages[n] = T.if_then_else(found, T.cast(page, INT), spare_page)
+                                    page_slots[n] = T.if_then_else(found, T.cast(slot, INT), spare_slot)
+                                    keys[n] = T.if_then_else(found, keys[n], -1)
                         for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
-                            page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                            slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                            source = page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head
+                            source = pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head
                             k_tile[n, d] = k_cache[source + d]
                         for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
-                            page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                            slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                            source = page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head
+                            source = pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head
                             v_tile[n, d] = v_cache[source + d]
                         T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                         for m, n in T.Parallel(BLOCK_M, BLOCK_N):
@@ -304,7 +342,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                             # A fixed denominator: a key outside a row's window counts as weight 0.
                             mean = total[n] / T.cast(T.min(q_len, 2) * SCORE_HEADS, "float32")
                             if key < prefix:
-                                shares[((tile * batch + request) * NUM_KV_HEADS + kv_head) * max_kv + key] = mean
+                                shares[row_share + key] = mean
                     # Programs that read the list, of which the owner reads its first keys.
                     owner = T.alloc_var(INT, init=T.cast(T.truncdiv(before + tile_begin, share), INT))
                     tile_end = before + tile_begin + key_tiles
@@ -421,8 +459,9 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         scores: T.Tensor((elements,), "float32"),  # [batch, 1, max_kv]
         stride_scores_request: T.int64,
         stride_scores_row: T.int64,
-        batch: T.int64,
-        max_kv: T.int64,
+        stride_share_tile: T.int64,
+        stride_share_request: T.int64,
+        stride_share_head: T.int64,
         score_tiles: T.int32,
         blocks: T.int32,
     ):
@@ -431,29 +470,33 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         Blocks are (tile x request, score row).
         """
         with T.Kernel(blocks, 1, threads=SCORE_THREADS) as (block, score_row):
-            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            means = T.alloc_fragment([SCORE_BLOCK_N], "float32")
             tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
             prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
             prefix = T.if_then_else(mode[request] == 0, prefix, 0)
+            # attend_splits reads no older tile.
             # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
             oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
             first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            start = T.alloc_var(INT, init=first)
+            end = T.alloc_var(INT, init=T.min(first + SCORE_BLOCK_N, prefix))
             # A block without keys does nothing: no step of its loops, and no score to write.
             live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
-            T.clear(mean)
+            T.clear(means)
+            first_share = T.alloc_var("int64", init=request * stride_share_request + start)
             # Added up in this order, so that every run gives the same.
             for row_tile in T.serial(T.truncdiv(live * GROUP + BLOCK_M - 1, BLOCK_M)):
                 for kv_head in T.serial(NUM_KV_HEADS):
                     for n in T.Parallel(SCORE_BLOCK_N):
-                        share = ((row_tile * batch + request) * NUM_KV_HEADS + kv_head) * max_kv + first + n
-                        kept = T.And(first + n >= oldest, first + n < prefix)
-                        mean[n] += T.if_then_else(kept, shares[share], 0.0)
+                        share = first_share + row_tile * stride_share_tile + kv_head * stride_share_head + n
+                        means[n] += T.if_then_else(T.And(start + n >= oldest, start + n < end), shares[share], 0.0)
             for n in T.Parallel(SCORE_BLOCK_N):
                 if first + n < prefix:
-                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+                    place = request * stride_scores_request + score_row * stride_scores_row + first + n
+                    scores[place] = means[n]
 
     return attend_splits, merge_splits, score_keys
 
@@ -494,6 +537,7 @@ def launch(
     mode: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor | None,
     tail_start: torch.Tensor,
     sinks: torch.Tensor,
     lse_ref: torch.Tensor,
@@ -513,6 +557,7 @@ def launch(
     batch, row_tiles, programs = kv_lens.shape[0], row_tiles_of(max_q), num_programs(num_sms)
     sizes = scratch_bytes(programs, batch, row_tiles, max_kv)
     partial_out, partial_lse, owners, pieces, shares = workspace[: sum(sizes)].split(sizes)
+    share_strides = (batch * NUM_KV_HEADS * max_kv, NUM_KV_HEADS * max_kv, max_kv)
     places = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     aligned = all(array.data_ptr() % (VECTOR * array.element_size()) == 0 for array in (q, k_cache, v_cache))
     run = functions(VECTOR if aligned and all(place % VECTOR == 0 for place in places) else 1)
@@ -527,6 +572,7 @@ def launch(
         mode=mode,
         indices=indices,
         counts=counts,
+        slots=indices if slots is None else slots,
         tail_start=tail_start,
         sinks=sinks,
         partial_out=partial_out,
@@ -537,8 +583,9 @@ def launch(
         out=out,
         lse=lse,
         lse_ref=lse_ref,
-        max_kv=max_kv,
-        batch=batch,
+        stride_share_tile=share_strides[0],
+        stride_share_request=share_strides[1],
+        stride_share_head=share_strides[2],
         stride_q_row=q.stride(0),
         stride_q_head=q.stride(1),
         stride_k_page=k_cache.stride(0),
@@ -555,6 +602,8 @@ def launch(
         stride_counts=counts.stride(0),
         width=indices.shape[2],
         keys_of_index=block,
+        slot_words=0 if slots is None else slots.element_size() // 4,
+        num_pages=k_cache.shape[0],
         row_tiles=row_tiles,
         num_requests=batch,
         programs=programs,
@@ -585,8 +634,9 @@ def launch(
         scores=scores,
         stride_scores_request=scores.stride(0),
         stride_scores_row=scores.stride(1),
-        batch=batch,
-        max_kv=max_kv,
+        stride_share_tile=share_strides[0],
+        stride_share_request=share_strides[1],
+        stride_share_head=share_strides[2],
         score_tiles=score_tiles,
         blocks=score_tiles * batch,
     )

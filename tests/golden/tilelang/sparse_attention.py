@@ -81,6 +81,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
         indices: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS, width], of blocks of keys_of_index keys
         counts: T.Tensor((elements,), "int32"),  # [batch, NUM_KV_HEADS]
+        slots: T.Tensor((elements,), "int32"),  # [batch, rows, width, slot_words], where the cache has them
         tail_start: T.Tensor((elements,), "int32"),  # [batch]
         partial_out: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
         partial_lse: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS], base 2
@@ -99,6 +100,8 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         total_q: T.int64,
         width: T.int32,
         keys_of_index: T.int32,
+        slot_words: T.int32,  # of 32 bits; 0 where the page table says where keys are
+        num_pages: T.int32,
         row_tiles: T.int32,
         blocks: T.int32,
         num_splits: T.int32,
@@ -123,7 +126,12 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             row_sum = T.alloc_fragment([BLOCK_M], "float32")
             shift = T.alloc_fragment([BLOCK_M], "float32")
             rescale = T.alloc_fragment([BLOCK_M], "float32")
-            keys = T.alloc_shared([BLOCK_N], INT)
+            keys = T.alloc_shared([BLOCK_N], INT)  # of a tile, negative for none,
+            pages = T.alloc_shared([BLOCK_N], INT)  # and where the cache holds them
+            page_slots = T.alloc_shared([BLOCK_N], INT)
+            blocks_of_slots = T.alloc_shared([BLOCK_N], "int64")
+            slot_shift = T.alloc_var("int64", init=T.max(slot_words - 1, 0) * 32)
+            blocks_of_page = T.alloc_var("int64", init=T.max(T.truncdiv(PAGE_SIZE, keys_of_index), 1))
             kv_head = T.alloc_var(INT, init=block % NUM_KV_HEADS)
             tile = T.alloc_var(INT, init=T.truncmod(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
@@ -132,13 +140,19 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             prefix = T.alloc_var(INT, init=kv_lens[request] - q_len)  # position of the first row
             row_offset = T.alloc_var("int64", init=request * stride_indices_request + kv_head * stride_indices_row)
             count = T.alloc_var(INT, init=counts[request * stride_counts + kv_head])
-            selected = T.alloc_var(INT, init=T.min(T.max(count, 0), width) * keys_of_index)
             num_keys = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             tail = T.alloc_var(INT, init=T.min(T.max(tail_start[request], 0), num_keys))
+            # Without keys before the tail nothing can be selected.
+            selected = T.alloc_var(INT, init=T.min(T.max(count, 0), width) * keys_of_index * T.min(tail, 1))
             listed = T.alloc_var(INT, init=selected + num_keys - tail)
             # Whole tiles and at least one, so that splits past a list's end are empty.
             tiles = T.alloc_var(INT, init=T.truncdiv(T.max(listed, 1) + BLOCK_N - 1, BLOCK_N))
             chunk = T.alloc_var(INT, init=T.truncdiv(tiles + num_splits - 1, num_splits) * BLOCK_N)
+            spare = T.alloc_var(INT, init=T.max(num_keys - 1, 0))
+            spare_page = T.alloc_var(INT, init=page_table[request * stride_table + T.truncdiv(spare, PAGE_SIZE)])
+            spare_slot = T.alloc_var(INT, init=T.truncmod(spare, PAGE_SIZE))
+            spare_page = T.min(T.max(spare_page, 0), num_pages - 1)
+            has_slots = T.alloc_var(INT, init=T.min(T.min(slot_words, selected), 1))
             begin = T.alloc_var(INT, init=split * chunk)
             end = T.alloc_var(INT, init=T.min(begin + chunk, listed))
             first = T.alloc_var(INT, init=tile * BLOCK_M)
@@ -165,16 +179,36 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     selected_key = T.if_then_else(chosen_key < tail, chosen_key, -1)
                     key = T.if_then_else(place < selected, selected_key, tail + place - selected)
                     keys[n] = T.if_then_else(begin + step * BLOCK_N + n < end, key, -1)
-                # What stands for no key reads the first one: slots nobody wrote may hold NaN; 0 * NaN is NaN.
+                for n in T.Parallel(BLOCK_N):
+                    # Slots nobody wrote may hold NaN, and 0 * NaN is NaN, so that no key is the spare one.
+                    key = T.if_then_else(keys[n] >= 0, keys[n], spare)
+                    page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                    pages[n] = T.if_then_else(keys[n] >= 0, page, spare_page)
+                    page_slots[n] = T.truncmod(key, PAGE_SIZE)
+                # Selected blocks may say themselves where they are, in a 32-bit word or two; one step or none.
+                for _ in T.serial(has_slots):
+                    for n in T.Parallel(BLOCK_N):
+                        place = T.min(begin + step * BLOCK_N + n, selected - 1)
+                        word = (row_offset + T.truncdiv(place, keys_of_index)) * slot_words
+                        upper = T.shift_left(T.cast(slots[word + slot_words - 1], "int64"), slot_shift)
+                        lower_bits = T.shift_left(T.cast(1, "int64"), slot_shift) - 1
+                        blocks_of_slots[n] = upper | (T.cast(slots[word], "int64") & lower_bits)
+                    for n in T.Parallel(BLOCK_N):
+                        if begin + step * BLOCK_N + n < selected:
+                            # A block that is nowhere in the cache stands for none.
+                            page = T.truncdiv(blocks_of_slots[n], blocks_of_page)
+                            is_somewhere = T.And(blocks_of_slots[n] >= 0, page < num_pages)
+                            found = T.And(is_somewhere, keys[n] >= 0)
+                            block_slot = T.truncmod(blocks_of_slots[n], blocks_of_page) * keys_of_index
+                            slot = block_slot + T.truncmod(begin + step * BLOCK_N + n, keys_of_index)
+                            pages[n] = T.if_then_else(found, T.cast(page, INT), spare_page)
+                            page_slots[n] = T.if_then_else(found, T.cast(slot, INT), spare_slot)
+                            keys[n] = T.if_then_else(found, keys[n], -1)
                 for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
-                    page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                    slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                    source = page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head
+                    source = pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head
                     k_tile[n, d] = k_cache[source + d]
                 for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
-                    page = page_table[request * stride_table + T.truncdiv(T.max(keys[n], 0), PAGE_SIZE)]
-                    slot = T.truncmod(T.max(keys[n], 0), PAGE_SIZE)
-                    source = page * stride_v_page + slot * stride_v_slot + kv_head * stride_v_head
+                    source = pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head
                     v_tile[n, d] = v_cache[source + d]
                 T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                 for m, n in T.Parallel(BLOCK_M, BLOCK_N):
@@ -223,9 +257,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
             count = T.alloc_var(INT, init=counts[request * stride_counts + head // GROUP])
-            selected = T.alloc_var(INT, init=T.min(T.max(count, 0), width) * keys_of_index)
             num_keys = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             tail = T.alloc_var(INT, init=T.min(T.max(tail_start[request], 0), num_keys))
+            # Without keys before the tail nothing can be selected.
+            selected = T.alloc_var(INT, init=T.min(T.max(count, 0), width) * keys_of_index * T.min(tail, 1))
             listed = T.alloc_var(INT, init=selected + num_keys - tail)
             # Whole tiles and at least one, so that splits past a list's end are empty.
             tiles = T.alloc_var(INT, init=T.truncdiv(T.max(listed, 1) + BLOCK_N - 1, BLOCK_N))
@@ -296,6 +331,7 @@ def launch(
     cu_q: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor | None,
     tail_start: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -327,6 +363,7 @@ def launch(
         cu_q=cu_q,
         indices=indices,
         counts=counts,
+        slots=indices if slots is None else slots,
         tail_start=tail_start,
         partial_out=partial_out,
         partial_lse=partial_lse,
@@ -345,6 +382,8 @@ def launch(
         total_q=total_q,
         width=indices.shape[2],
         keys_of_index=block,
+        slot_words=0 if slots is None else slots.element_size() // 4,
+        num_pages=k_cache.shape[0],
         row_tiles=row_tiles,
         blocks=blocks,
         num_splits=splits,

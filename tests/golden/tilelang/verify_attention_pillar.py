@@ -7,7 +7,7 @@ scores mean attention weight over every row and the heads of a group
 Row i of a request sits at position kv_len - q_len + i and sees the keys up to its own. A request's keys are split
 between blocks for every number of rows: attend_splits writes partial results and merge_splits combines them.
 
-attend_splits also keeps the weights it saw, which score_keys rescales to the final log-sum-exp and averages.
+score_keys then reads the keys once more, now that the rows' log-sum-exp is known, and averages their weights.
 
 Grids come from bounds and lengths are read on the device, so a captured launch stays right for any batch within them.
 """
@@ -37,7 +37,8 @@ VECTOR = 8  # elements read at once where every stride and address is a multiple
 CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCORE_HEADS = 4  # query heads averaged into one score
-SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_BLOCK_M = 32  # packed rows of a score tile
+SCORE_BLOCK_N = 64  # keys of a score tile
 SCORE_THREADS = 128
 # How scalars are declared: TileLang would write an expression out at every use of a plain name.
 INT = "int32"
@@ -86,8 +87,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
         partial_out: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS, V_HEAD_DIM]
         partial_lse: T.Tensor((elements,), "float32"),  # [num_splits, total_q, NUM_Q_HEADS], base 2
-        dump: T.Tensor((elements,), "float16"),  # [total_q, NUM_Q_HEADS, dump_columns] relative weights
-        dump_max: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
         stride_q_row: T.int64,
         stride_q_head: T.int64,
         stride_k_page: T.int64,
@@ -97,7 +96,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         stride_v_slot: T.int64,
         stride_v_head: T.int64,
         stride_table: T.int64,
-        dump_columns: T.int64,
         total_q: T.int64,
         row_tiles: T.int32,
         blocks: T.int32,
@@ -113,7 +111,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             T.assume(stride_v_page % vector == 0)
             T.assume(stride_v_slot % vector == 0)
             T.assume(stride_v_head % vector == 0)
-            T.assume(dump_columns % BLOCK_N == 0)
             q_tile = T.alloc_shared([BLOCK_M, HEAD_DIM], DTYPE)
             k_tile = T.alloc_shared([BLOCK_N, HEAD_DIM], DTYPE)
             v_tile = T.alloc_shared([BLOCK_N, V_HEAD_DIM], DTYPE)
@@ -167,19 +164,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     visible = key <= position
                     logits[m, n] = T.if_then_else(visible, logits[m, n] * LOGIT_SCALE, NEG_INF)
                 fold_tile(acc, row_max, row_sum, logits, weights, v_tile, shift, rescale)
-                for m, n in T.Parallel(BLOCK_M, BLOCK_N):
-                    row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
-                    dump_row = (first_row + row) * NUM_Q_HEADS + head
-                    key = begin + step * BLOCK_N + n
-                    if T.And(row < rows, key < prefix):
-                        dump[dump_row * dump_columns + key] = T.cast(logits[m, n], "float16")
-                for m in T.Parallel(BLOCK_M):
-                    row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
-                    dump_row = (first_row + row) * NUM_Q_HEADS + head
-                    is_scored = row < rows
-                    if T.And(is_scored, begin + step * BLOCK_N < prefix):
-                        dump_tile = T.truncdiv(begin, BLOCK_N) + step
-                        dump_max[dump_row * T.truncdiv(dump_columns, BLOCK_N) + dump_tile] = shift[m]
             for m in T.Parallel(BLOCK_M):
                 # A row that saw nothing: acc 0, maximum -inf.
                 row_sum[m] = T.if_then_else(row_sum[m] > 0, row_sum[m], 1.0)
@@ -251,51 +235,91 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
 
     @T.prim_func
     def score_keys(
-        dump: T.Tensor((elements,), "float16"),  # [total_q, NUM_Q_HEADS, dump_columns] relative weights
-        dump_max: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS, dump_columns // BLOCK_N], base 2
+        q: T.Tensor((elements,), DTYPE),  # [total_q, NUM_Q_HEADS, HEAD_DIM]
+        k_cache: T.Tensor((elements,), DTYPE),  # [num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM]
+        page_table: T.Tensor((elements,), "int32"),  # [batch, max_pages]
         kv_lens: T.Tensor((elements,), "int32"),  # [batch]
         cu_q: T.Tensor((elements,), "int32"),  # [batch + 1]
         lse: T.Tensor((elements,), "float32"),  # [total_q, NUM_Q_HEADS], natural logarithm
         scores: T.Tensor((elements,), "float32"),  # [batch, NUM_KV_HEADS, max_kv]
         stride_scores_request: T.int64,
         stride_scores_row: T.int64,
-        dump_columns: T.int64,
+        stride_q_row: T.int64,
+        stride_q_head: T.int64,
+        stride_k_page: T.int64,
+        stride_k_slot: T.int64,
+        stride_k_head: T.int64,
+        stride_table: T.int64,
         score_tiles: T.int32,
         blocks: T.int32,
     ):
-        """Scores of a tile of prefix keys, from the kept weights.
+        """Scores of a tile of prefix keys, from the keys read again.
 
         Blocks are (tile x request, score row).
         """
         with T.Kernel(blocks, NUM_KV_HEADS, threads=SCORE_THREADS) as (block, score_row):
-            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            T.assume(stride_q_row % vector == 0)
+            T.assume(stride_q_head % vector == 0)
+            T.assume(stride_k_page % vector == 0)
+            T.assume(stride_k_slot % vector == 0)
+            T.assume(stride_k_head % vector == 0)
+            # Warps divide the keys, as they are more than the blocks of 16 rows.
+            score_policy = T.GemmWarpPolicy.FullCol
+            q_tile = T.alloc_shared([SCORE_BLOCK_M, HEAD_DIM], DTYPE)
+            k_tile = T.alloc_shared([SCORE_BLOCK_N, HEAD_DIM], DTYPE)
+            logits = T.alloc_fragment([SCORE_BLOCK_M, SCORE_BLOCK_N], "float32")
+            total = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            totals = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            row_lse = T.alloc_fragment([SCORE_BLOCK_M], "float32")
+            means = T.alloc_fragment([SCORE_BLOCK_N], "float32")
             tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
             prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
             first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            start = T.alloc_var(INT, init=first)
+            end = T.alloc_var(INT, init=T.min(first + SCORE_BLOCK_N, prefix))
             # A block without keys does nothing: no step of its loops, and no score to write.
             live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
-            T.clear(mean)
-            for packed in T.serial(live * SCORE_HEADS):
-                rank, head = packed // SCORE_HEADS, score_row * SCORE_HEADS + packed % SCORE_HEADS
-                dumped = first_row + rank
-                dump_row = dumped * NUM_Q_HEADS + head
-                for n in T.Parallel(SCORE_BLOCK_N):
-                    row_lse = lse[T.cast(first_row + rank, "int64") * NUM_Q_HEADS + head] * LOG2E
-                    place = dump_row * dump_columns + first + n
-                    mean[n] += T.if_then_else(
-                        first + n < prefix,
-                        T.cast(dump[place], "float32") * T.exp2(dump_max[T.truncdiv(place, BLOCK_N)] - row_lse),
-                        0.0,
-                    )
+            T.clear(totals)
+            # A block without keys reads none.
+            for kv_head in T.serial(score_row, score_row + T.min(live, 1)):
+                # Past the end the last key is read again: slots nobody wrote may hold NaN.
+                for n, d in T.Parallel(SCORE_BLOCK_N, HEAD_DIM):
+                    key = T.min(start + n, end - 1)
+                    page = page_table[request * stride_table + T.truncdiv(key, PAGE_SIZE)]
+                    slot = T.truncmod(key, PAGE_SIZE)
+                    k_tile[n, d] = k_cache[page * stride_k_page + slot * stride_k_slot + kv_head * stride_k_head + d]
+                for step in T.serial(T.truncdiv(q_len * GROUP + SCORE_BLOCK_M - 1, SCORE_BLOCK_M)):
+                    for m, d in T.Parallel(SCORE_BLOCK_M, HEAD_DIM):
+                        packed = step * SCORE_BLOCK_M + m
+                        rank, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+                        q_tile[m, d] = T.if_then_else(
+                            rank < q_len,
+                            q[(first_row + rank) * stride_q_row + head * stride_q_head + d],
+                            T.cast(0, DTYPE),
+                        )
+                    T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=score_policy)
+                    for m in T.Parallel(SCORE_BLOCK_M):
+                        # Rows past the last get an infinite log-sum-exp, hence weight 0.
+                        packed = step * SCORE_BLOCK_M + m
+                        rank, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+                        place = T.cast(first_row + rank, "int64") * NUM_Q_HEADS + head
+                        row_lse[m] = T.if_then_else(rank < q_len, lse[place] * LOG2E, float("inf"))
+                    for m, n in T.Parallel(SCORE_BLOCK_M, SCORE_BLOCK_N):
+                        logits[m, n] = T.exp2(logits[m, n] * LOGIT_SCALE - row_lse[m])
+                    T.reduce_sum(logits, total, dim=0, clear=True)
+                    for n in T.Parallel(SCORE_BLOCK_N):
+                        totals[n] += total[n]
             for n in T.Parallel(SCORE_BLOCK_N):
                 # A fixed denominator: a key outside a row's window counts as weight 0.
-                mean[n] = mean[n] / T.cast(q_len * SCORE_HEADS, "float32")
+                mean = totals[n] / T.cast(q_len * SCORE_HEADS, "float32")
+                means[n] = mean
             for n in T.Parallel(SCORE_BLOCK_N):
                 if first + n < prefix:
-                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+                    place = request * stride_scores_request + score_row * stride_scores_row + first + n
+                    scores[place] = means[n]
 
     return attend_splits, merge_splits, score_keys
 
@@ -311,19 +335,17 @@ def num_splits(batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     return max(1, min(CTAS_PER_SM * num_sms // max(1, blocks), -(-max_kv // BLOCK_N)))
 
 
-def scratch_bytes(total_q: int, batch: int, max_kv: int, splits: int) -> list[int]:
+def scratch_bytes(total_q: int, splits: int) -> list[int]:
     """Bytes of each scratch array, in the order in which they lie in the workspace."""
     partials = splits * total_q * NUM_Q_HEADS
-    dumped = total_q * NUM_Q_HEADS
-    tiles = -(-max_kv // BLOCK_N)
-    arrays = [partials * V_HEAD_DIM * 4, partials * 4, dumped * tiles * BLOCK_N * 2, dumped * tiles * 4]
+    arrays = [partials * V_HEAD_DIM * 4, partials * 4]
     return [-(-size // ALIGNMENT) * ALIGNMENT for size in arrays]
 
 
 def workspace_bytes(*, total_q: int, batch: int, max_q: int, max_kv: int, num_sms: int) -> int:
     """Bytes of scratch that a launch of these sizes needs."""
     splits = num_splits(batch, max_q, max_kv, num_sms)
-    return sum(scratch_bytes(total_q, batch, max_kv, splits))
+    return sum(scratch_bytes(total_q, splits))
 
 
 def launch(
@@ -349,9 +371,8 @@ def launch(
     """
     total_q, batch, row_tiles = q.shape[0], kv_lens.shape[0], row_tiles_of(max_q)
     splits = num_splits(batch, max_q, max_kv, num_sms)
-    sizes = scratch_bytes(total_q, batch, max_kv, splits)
-    partial_out, partial_lse, dump, dump_max = workspace[: sum(sizes)].split(sizes)
-    dump_columns = -(-max_kv // BLOCK_N) * BLOCK_N
+    sizes = scratch_bytes(total_q, splits)
+    partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
     places = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     aligned = all(array.data_ptr() % (VECTOR * array.element_size()) == 0 for array in (q, k_cache, v_cache))
     run = functions(VECTOR if aligned and all(place % VECTOR == 0 for place in places) else 1)
@@ -366,9 +387,6 @@ def launch(
         cu_q=cu_q,
         partial_out=partial_out,
         partial_lse=partial_lse,
-        dump=dump,
-        dump_max=dump_max,
-        dump_columns=dump_columns,
         stride_q_row=q.stride(0),
         stride_q_head=q.stride(1),
         stride_k_page=k_cache.stride(0),
@@ -401,15 +419,21 @@ def launch(
     score_tiles = -(-scores.shape[2] // SCORE_BLOCK_N)
     run["score_keys"](
         (score_tiles * batch, NUM_KV_HEADS),
-        dump=dump,
-        dump_max=dump_max,
+        q=q,
+        k_cache=k_cache,
+        page_table=page_table,
         kv_lens=kv_lens,
         cu_q=cu_q,
         lse=lse,
         scores=scores,
         stride_scores_request=scores.stride(0),
         stride_scores_row=scores.stride(1),
-        dump_columns=dump_columns,
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_page=k_cache.stride(0),
+        stride_k_slot=k_cache.stride(1),
+        stride_k_head=k_cache.stride(2),
+        stride_table=page_table.stride(0),
         score_tiles=score_tiles,
         blocks=score_tiles * batch,
     )

@@ -40,7 +40,7 @@ VECTOR = 8  # elements read at once where every stride and address is a multiple
 CTAS_PER_SM = 2  # blocks the grid of splits aims at, per multiprocessor
 ALIGNMENT = 256  # bytes; of every scratch array
 SCORE_HEADS = 4  # query heads averaged into one score
-SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_BLOCK_N = 64  # keys of a score tile
 SCORE_THREADS = 128
 # How scalars are declared: TileLang would write an expression out at every use of a plain name.
 INT = "int32"
@@ -100,8 +100,9 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         stride_v_slot: T.int64,
         stride_v_head: T.int64,
         stride_table: T.int64,
-        batch: T.int64,
-        max_kv: T.int64,
+        stride_share_tile: T.int64,
+        stride_share_request: T.int64,
+        stride_share_head: T.int64,
         total_q: T.int64,
         row_tiles: T.int32,
         blocks: T.int32,
@@ -147,6 +148,8 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             keys = T.alloc_var(INT, init=T.if_then_else(first < rows * GROUP, end - begin, 0))
             kept = T.alloc_fragment([BLOCK_M, BLOCK_N], "float32")
             total = T.alloc_fragment([BLOCK_N], "float32")
+            row_share = T.alloc_var("int64", init=tile * stride_share_tile + request * stride_share_request)
+            row_share += kv_head * stride_share_head
             reference = T.alloc_fragment([BLOCK_M], "float32")
             # A row that is not scored, or whose reference is not finite, weighs nothing.
             for m in T.Parallel(BLOCK_M):
@@ -199,7 +202,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     # A fixed denominator: a key outside a row's window counts as weight 0.
                     mean = total[n] / T.cast(q_len * SCORE_HEADS, "float32")
                     if key < prefix:
-                        shares[((tile * batch + request) * NUM_KV_HEADS + kv_head) * max_kv + key] = mean
+                        shares[row_share + key] = mean
             for m in T.Parallel(BLOCK_M):
                 # A row that saw nothing: acc 0, maximum -inf.
                 row_sum[m] = T.if_then_else(row_sum[m] > 0, row_sum[m], 1.0)
@@ -288,8 +291,9 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         scores: T.Tensor((elements,), "float32"),  # [batch, NUM_KV_HEADS, max_kv]
         stride_scores_request: T.int64,
         stride_scores_row: T.int64,
-        batch: T.int64,
-        max_kv: T.int64,
+        stride_share_tile: T.int64,
+        stride_share_request: T.int64,
+        stride_share_head: T.int64,
         score_tiles: T.int32,
         blocks: T.int32,
     ):
@@ -298,26 +302,31 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         Blocks are (tile x request, score row).
         """
         with T.Kernel(blocks, NUM_KV_HEADS, threads=SCORE_THREADS) as (block, score_row):
-            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            means = T.alloc_fragment([SCORE_BLOCK_N], "float32")
             tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
             prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
+            # attend_splits reads no older tile.
             # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
             oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
             first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            start = T.alloc_var(INT, init=first)
+            end = T.alloc_var(INT, init=T.min(first + SCORE_BLOCK_N, prefix))
             # A block without keys does nothing: no step of its loops, and no score to write.
             live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
-            T.clear(mean)
+            T.clear(means)
+            first_share = T.alloc_var("int64", init=request * stride_share_request + start)
             # Added up in this order, so that every run gives the same.
             for row_tile in T.serial(T.truncdiv(live * GROUP + BLOCK_M - 1, BLOCK_M)):
                 for n in T.Parallel(SCORE_BLOCK_N):
-                    share = ((row_tile * batch + request) * NUM_KV_HEADS + score_row) * max_kv + first + n
-                    mean[n] += T.if_then_else(T.And(first + n >= oldest, first + n < prefix), shares[share], 0.0)
+                    share = first_share + row_tile * stride_share_tile + score_row * stride_share_head + n
+                    means[n] += T.if_then_else(T.And(start + n >= oldest, start + n < end), shares[share], 0.0)
             for n in T.Parallel(SCORE_BLOCK_N):
                 if first + n < prefix:
-                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+                    place = request * stride_scores_request + score_row * stride_scores_row + first + n
+                    scores[place] = means[n]
 
     return attend_splits, merge_splits, score_keys
 
@@ -373,6 +382,7 @@ def launch(
     splits = num_splits(batch, max_q, max_kv, num_sms)
     sizes = scratch_bytes(total_q, batch, row_tiles, max_kv, splits)
     partial_out, partial_lse, shares = workspace[: sum(sizes)].split(sizes)
+    share_strides = (batch * NUM_KV_HEADS * max_kv, NUM_KV_HEADS * max_kv, max_kv)
     places = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     aligned = all(array.data_ptr() % (VECTOR * array.element_size()) == 0 for array in (q, k_cache, v_cache))
     run = functions(VECTOR if aligned and all(place % VECTOR == 0 for place in places) else 1)
@@ -389,8 +399,9 @@ def launch(
         partial_lse=partial_lse,
         shares=shares,
         lse_ref=lse_ref,
-        max_kv=max_kv,
-        batch=batch,
+        stride_share_tile=share_strides[0],
+        stride_share_request=share_strides[1],
+        stride_share_head=share_strides[2],
         stride_q_row=q.stride(0),
         stride_q_head=q.stride(1),
         stride_k_page=k_cache.stride(0),
@@ -430,8 +441,9 @@ def launch(
         scores=scores,
         stride_scores_request=scores.stride(0),
         stride_scores_row=scores.stride(1),
-        batch=batch,
-        max_kv=max_kv,
+        stride_share_tile=share_strides[0],
+        stride_share_request=share_strides[1],
+        stride_share_head=share_strides[2],
         score_tiles=score_tiles,
         blocks=score_tiles * batch,
     )

@@ -37,7 +37,7 @@ VECTOR = 8  # elements read at once where every stride and address is a multiple
 SPLIT_KEYS = 2048  # keys of a split, whatever else is in the batch
 ALIGNMENT = 256  # bytes; of every scratch array
 SCORE_HEADS = 32  # query heads averaged into one score
-SCORE_BLOCK_N = 128  # keys of a score tile
+SCORE_BLOCK_N = 64  # keys of a score tile
 SCORE_THREADS = 128
 # How scalars are declared: TileLang would write an expression out at every use of a plain name.
 INT = "int32"
@@ -262,34 +262,37 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
         Blocks are (tile x request, score row).
         """
         with T.Kernel(blocks, 1, threads=SCORE_THREADS) as (block, score_row):
-            mean = T.alloc_fragment([SCORE_BLOCK_N], "float32")
+            means = T.alloc_fragment([SCORE_BLOCK_N], "float32")
             tile = T.alloc_var(INT, init=T.truncmod(block, score_tiles))
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
             prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
             first = T.alloc_var(INT, init=tile * SCORE_BLOCK_N)
+            start = T.alloc_var(INT, init=first)
+            end = T.alloc_var(INT, init=T.min(first + SCORE_BLOCK_N, prefix))
             # A block without keys does nothing: no step of its loops, and no score to write.
             live = T.alloc_var(INT, init=T.if_then_else(first < prefix, q_len, 0))
-            T.clear(mean)
+            T.clear(means)
             for packed in T.serial(T.min(live, 2) * SCORE_HEADS):
                 rank, head = packed // SCORE_HEADS, score_row * SCORE_HEADS + packed % SCORE_HEADS
                 dumped = request * 2 + rank
                 dump_row = dumped * NUM_Q_HEADS + head
                 for n in T.Parallel(SCORE_BLOCK_N):
                     row_lse = lse[T.cast(first_row + rank * (q_len - 1), "int64") * NUM_Q_HEADS + head] * LOG2E
-                    place = dump_row * dump_columns + first + n
-                    mean[n] += T.if_then_else(
-                        first + n < prefix,
+                    place = dump_row * dump_columns + start + n
+                    means[n] += T.if_then_else(
+                        start + n < end,
                         T.cast(dump[place], "float32") * T.exp2(dump_max[T.truncdiv(place, BLOCK_N)] - row_lse),
                         0.0,
                     )
             for n in T.Parallel(SCORE_BLOCK_N):
                 # A fixed denominator: a key outside a row's window counts as weight 0.
-                mean[n] = mean[n] / T.cast(T.min(q_len, 2) * SCORE_HEADS, "float32")
+                means[n] = means[n] / T.cast(T.min(q_len, 2) * SCORE_HEADS, "float32")
             for n in T.Parallel(SCORE_BLOCK_N):
                 if first + n < prefix:
-                    scores[request * stride_scores_request + score_row * stride_scores_row + first + n] = mean[n]
+                    place = request * stride_scores_request + score_row * stride_scores_row + first + n
+                    scores[place] = means[n]
 
     return attend_splits, merge_splits, score_keys
 
