@@ -28,8 +28,9 @@ def verify(score: ScoreSpec | None, heads: HeadConfig = LLAMA) -> KernelSpec:
     return KernelSpec(op="verify_attention", heads=heads, dtype="bfloat16", page_size=16, score=score)
 
 
-# sm_80, sm_90a and sm_100a with what differs most between them; benchmarks/results holds every target.
+# sm_80, sm_89, sm_90a and sm_100a with what differs most between them; benchmarks/results holds every target.
 SAMPLE = {
+    "l4": dataclasses.replace(verify(ScoreSpec(granularity="page_max", histogram=True)), kv_dtype="float8_e4m3"),
     "a100": KernelSpec(op="sparse_attention", heads=LLAMA, dtype="bfloat16", page_size=16, selection="layer"),
     "h100": verify(ScoreSpec()),
     "b200": KernelSpec(op="mixed_attention", heads=LLAMA, dtype="bfloat16", page_size=16, selection="kv_head"),
