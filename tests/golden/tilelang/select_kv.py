@@ -295,6 +295,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             searches = T.alloc_var(INT, init=0)
             takes = T.alloc_var(INT, init=0)
             writes = T.alloc_var(INT, init=0)
+
             for phase in T.serial(first_phase, last_phase):
                 slot = T.truncmod(phase, 2)
                 limit_was = words[row_words + 1 - slot]
