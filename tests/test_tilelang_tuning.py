@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specattn_codegen import gpus, ladder, pack, record, space
-from specattn_codegen.cli.progress import PLAIN_WIDTH
+from specattn_codegen.cli.progress import PLAIN_WIDTH, closing_table, microseconds
 from specattn_codegen.cli.rivals import find_rivals, rivals_table
 from specattn_codegen.cost_model import predict
 from specattn_codegen.heads import HeadConfig
@@ -60,3 +60,8 @@ def test_what_nothing_proves_is_recorded_and_shown_and_in_no_pack(
     Console(width=PLAIN_WIDTH, file=shown).print(rivals_table(rivals))
     assert "proved by none" in shown.getvalue()
     assert str(theirs.plan)[:40] in shown.getvalue()
+    narrow = io.StringIO()
+    for table in (closing_table(watcher.winners), rivals_table(rivals)):
+        Console(width=80, file=narrow).print(table)
+    for latency_us in [*(one.latency_us for one in rivals), *(entry.latency_us for entry in watcher.winners)]:
+        assert microseconds(latency_us) in narrow.getvalue()

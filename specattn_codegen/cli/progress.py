@@ -102,7 +102,7 @@ def microseconds(value: float) -> str:
 def closing_table(entries: Sequence[Entry]) -> Table:
     """op, workload, plan, time, share of the ceiling, and how the time is known; a plan is spelled out once."""
     table = Table(box=box.SIMPLE)
-    table.add_column("op", no_wrap=True)
+    table.add_column("op", overflow="fold")  # gives way on a narrow terminal, so that no figure has to
     table.add_column("workload", no_wrap=True)
     table.add_column("plan")
     for title in ("time", "of ceiling"):
