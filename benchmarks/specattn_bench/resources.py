@@ -99,7 +99,8 @@ def by_kind(opcodes: Counter[str]) -> dict[str, int]:
 def table(rows: list[dict[str, object]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, title="default plans of verify_attention, cross-compiled")
     for name in ("target", "language", "kernel", "registers", "spills", "shared", "bytes", *KINDS, "total"):
-        shown.add_column(name, justify="left" if name in ("target", "language", "kernel") else "right")
+        is_name = name in ("target", "language", "kernel")
+        shown.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         counts = row["instructions"]
         assert isinstance(counts, dict)
