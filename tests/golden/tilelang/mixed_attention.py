@@ -206,7 +206,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 kv_len = T.alloc_var(INT, init=kv_lens[request])
                 num_keys = T.alloc_var(INT, init=T.max(kv_len, 0))
                 drafts = T.alloc_var("bool", init=mode[request] != 0)
-                prefix = T.alloc_var(INT, init=T.if_then_else(drafts, 0, kv_len - q_len))  # keys that have scores
                 count = T.alloc_var(INT, init=T.min(T.max(counts[request * stride_counts + kv_head], 0), width))
                 tail = T.alloc_var(INT, init=T.if_then_else(drafts, tail_start[request], 0))
                 tail = T.min(T.max(tail, 0), num_keys)

@@ -300,7 +300,6 @@ def attend_splits(
         begin = first_tile * BLOCK_N
         end = tl.minimum(begin + taken * BLOCK_N, listed)
 
-        prefix = tl.where(drafts, 0, kv_len - q_len)  # keys that have scores
         packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         rows = packed // GROUP
         heads = kv_head * GROUP + packed % GROUP
@@ -497,7 +496,7 @@ def launch(
 
     arrivals [num_arrivals] int32 is 0 before and after, and belongs to one launch at a time.
     """
-    total_q, batch, width, row_tiles = q.shape[0], kv_lens.shape[0], indices.shape[2], row_tiles_of(max_q)
+    batch, width = kv_lens.shape[0], indices.shape[2]
     programs = num_programs(num_sms)
     sizes = scratch_bytes(programs)
     partial_out, partial_lse = workspace[: sum(sizes)].split(sizes)
