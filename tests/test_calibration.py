@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from select_cases import any_score, rows_of
@@ -27,6 +27,7 @@ def selected(
     return chosen.counts.sum(dim=-2)
 
 
+@settings(deadline=None)
 @given(data=st.data(), budget=budgets, block=st.sampled_from([1, 1, 3]), layered=st.booleans())
 def test_a_threshold_is_the_largest_that_fills_the_budget(
     data: st.DataObject, budget: TopK, block: int, layered: bool

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_codegen import reference
@@ -16,6 +16,7 @@ from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP, selection_width
 
 
+@settings(deadline=None)
 @given(ratio=st.floats(1e-6, 1.0), prefix=st.integers(0, 2**31 - 1), least=st.integers(0, 9000))
 def test_a_ratio_budget_is_the_ceiling_of_exact_millionths(ratio: float, prefix: int, least: int) -> None:
     policy = TopK(ratio=ratio, min=least)
@@ -31,6 +32,7 @@ policies: st.SearchStrategy[Policy] = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     policy=policies,
     columns=st.integers(0, 40),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_codegen import reference
@@ -74,6 +74,7 @@ def test_by_hand(name: str) -> None:
 masses = st.lists(st.one_of(st.floats(0.0, 2.0**100, width=32), st.sampled_from([0.0, 1.0, 2.0**-149])), min_size=1)
 
 
+@settings(deadline=None)
 @given(scores=masses, p=st.floats(0.0, 1.0), sink=st.integers(0, 3), recent=st.integers(0, 3))
 def test_top_p_is_the_smallest_superset_of_the_forced_keys(
     scores: list[float], p: float, sink: int, recent: int
@@ -92,6 +93,7 @@ def test_top_p_is_the_smallest_superset_of_the_forced_keys(
         assert all(row[j] <= row[least] for j in set(range(len(scores))) - set(picked))
 
 
+@settings(deadline=None)
 @given(scores=masses, p=st.floats(0.0, 1.0), q=st.floats(0.0, 1.0), least=st.integers(0, 9))
 def test_top_p_grows_with_p(scores: list[float], p: float, q: float, least: int) -> None:
     fewer = chosen(scores, TopP(min(p, q), min=least))
@@ -99,6 +101,7 @@ def test_top_p_grows_with_p(scores: list[float], p: float, q: float, least: int)
     assert len(fewer) >= min(least, len(scores))
 
 
+@settings(deadline=None)
 @given(scores=masses, p=st.floats(0.0, 0.999), steps=st.integers(1, 12))
 def test_bisection_holds_the_mass_and_keeps_whole_ties(scores: list[float], p: float, steps: int) -> None:
     row, picked = torch.tensor(scores).double(), chosen(scores, TopP(p, bisection_steps=steps))
