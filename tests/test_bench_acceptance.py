@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -12,11 +13,24 @@ import torch
 
 from specattn_bench import acceptance, acceptance_report, cli
 from specattn_bench.acceptance_report import findings, summarise
-from specattn_bench.acceptance_study import EVERYTHING, SERIES, Case, Observed, along_text, by_place, generated
+from specattn_bench.acceptance_study import (
+    EVERYTHING,
+    FORCED,
+    GENERATED,
+    SERIES,
+    Case,
+    Observed,
+    Run,
+    Study,
+    by_place,
+    grouped,
+)
 from specattn_bench.acceptance_texts import SETS, Passage, Texts
 from specattn_bench.corpus import Corpus
 from specattn_bench.episodes import KINDS
 from specattn_codegen.errors import SpecError
+from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.engine import generate
 from specattn_runtime.llama import Llama
 from specattn_runtime.reference_kernels import ReferenceKernels
 from specattn_runtime.tokens import ByteCodec
@@ -87,10 +101,13 @@ def passages(texts: Texts) -> list[Passage]:
     return [*texts.passages("plain", 90, 25, 2), *texts.passages("long-range", 120, 25, 1)]
 
 
-def observe(model: Llama, passages: list[Passage], cases: list[Case]) -> dict[tuple[Case, int], Observed]:
-    found = along_text(model, ReferenceKernels(model.heads), passages, cases, rounds=4, say=lambda _: None)
-    assert len(found) == len(cases) * len(passages)
-    return {(one.case, one.passage): one for one in found}
+def observe(
+    model: Llama, passages: list[Passage], cases: list[Case], modes: tuple[str, ...] = (FORCED,), rounds: int = 4
+) -> dict[tuple[str, Case, int], Observed]:
+    study = Study(model, ReferenceKernels(model.heads), passages, cases, rounds=rounds)
+    found = [one for _, group in grouped(cases) for one in study.run(Run(context=0, modes=modes, cases=group))]
+    assert len(found) == len(cases) * len(passages) * len(modes)
+    return {(one.mode, one.case, one.passage): one for one in found}
 
 
 def test_budgets_that_share_a_batch_give_what_they_give_alone(model: Llama, passages: list[Passage]) -> None:
@@ -101,7 +118,7 @@ def test_budgets_that_share_a_batch_give_what_they_give_alone(model: Llama, pass
         for key, one in observe(model, passages, [case]).items():
             assert together[key].tokens == pytest.approx(one.tokens, rel=1e-9)
             assert together[key].agreeing == one.agreeing
-    few, many = (sum(together[case, place].tokens for place in range(3)) for case in cases[:2])
+    few, many = (sum(together[FORCED, case, place].tokens for place in range(3)) for case in cases[:2])
     assert 3 < few < many < 12
 
 
@@ -118,20 +135,33 @@ def test_a_rounds_drafts_are_the_tokens_after_its_newest_one() -> None:
 
 def test_with_every_key_all_drafts_hold(model: Llama, passages: list[Passage]) -> None:
     cases = [Case(series=EVERYTHING, budget=0.07, draft_len=draft_len) for draft_len in (2, 5)]
-    for (case, _), one in observe(model, passages, cases).items():
+    for (_, case, _), one in observe(model, passages, cases).items():
         assert one.tokens == pytest.approx(case.draft_len + 1, rel=1e-6)
         assert one.agreeing == case.draft_len + 1
 
 
-def test_what_is_generated_is_counted_by_full_rounds(model: Llama, passages: list[Passage]) -> None:
+def test_what_is_generated_is_what_sessions_generate(model: Llama, passages: list[Passage]) -> None:
     cases = [Case(series=series, budget=0.1, draft_len=2) for series in ("streaming", EVERYTHING)]
-    found = generated(model, ReferenceKernels(model.heads), passages, cases, new_tokens=9, say=lambda _: None)
-    assert len(found) == 2 * 3 * 2
-    for one in found:
-        assert 1 <= one.tokens <= 3
-        assert one.case.series != EVERYTHING or one.mode != "greedy" or one.tokens == 3
-    streaming = [one.tokens for one in found if one.case.series == "streaming"]
-    assert min(streaming) < 3
+    found = observe(model, passages, cases, tuple(GENERATED), rounds=3)
+    assert all(one.tokens == 3 for (mode, case, _), one in found.items() if (mode, case) == ("greedy", cases[1]))
+    for mode, sampling in GENERATED.items():
+        for number, passage in enumerate(passages):
+            own = dataclasses.replace(sampling, seed=number)
+            spec = DecodeSpec(preset=cases[0].preset, draft_len=2, budget=0.1, sampling=own, max_new_tokens=10)
+            (alone,) = generate(model, ReferenceKernels(model.heads), [passage.prompt], spec).requests
+            assert found[mode, cases[0], number].tokens == 1 + sum(alone.accepted[:3]) / 3
+
+
+def test_runs_start_where_the_prompts_end_whatever_ran_before(model: Llama, passages: list[Passage]) -> None:
+    cases = [
+        Case(series=series, budget=0.1, draft_len=draft_len) for series in ("pillar", "quest") for draft_len in (2, 4)
+    ]
+    study = Study(model, ReferenceKernels(model.heads), passages, cases, rounds=2)
+    runs = [Run(context=0, modes=modes, cases=[case]) for case in cases for modes in ((FORCED,), tuple(GENERATED))]
+    first = [[one.tokens for one in study.run(run)] for run in runs]
+    for run, before in zip(reversed(runs), reversed(first), strict=True):
+        assert [one.tokens for one in study.run(run)] == pytest.approx(before, rel=1e-6)
+    assert len({study.key(run) for run in runs}) == len(runs)
 
 
 def observed(tokens: dict[tuple[str, int], float], mode: str = "forced") -> list[Observed]:
@@ -189,9 +219,10 @@ def test_a_tiny_run_prints_writes_and_draws(
     save_checkpoint(tmp_path)
     (tmp_path / "a.py").write_text(SOURCE)
     sizes = ("--context", "64", "--budget", "0.1", "--budget", "0.2", "--draft-len", "2", "--draft-len", "3")
-    usual = ("--usual-budget", "0.1", "--usual-drafts", "2", "--rounds", "2", "--new-tokens", "6", "--passages", "2")
+    usual = ("--usual-budget", "0.1", "--usual-drafts", "2", "--rounds", "2", "--passages", "2")
     series = ("--series", "streaming", "--series", "hybrid")
     outputs = ("--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"))
+    outputs += ("--resume", str(tmp_path / "runs.jsonl"))
     source = ("--model", str(tmp_path), "--text", str(tmp_path / "a.py"))
     assert run(monkeypatch, *source, *sizes, *usual, *series, *outputs) == 0
     shown = capsys.readouterr().out
@@ -208,6 +239,17 @@ def test_a_tiny_run_prints_writes_and_draws(
     assert {cell[2:] for cell in cells if cell[0] == "sampled"} == {
         (series, 0.1, 2) for series in ("streaming", "hybrid", EVERYTHING)
     }
+    # What is kept is not run again: a journal cut short costs the runs it lost, and the answer is the same.
+    journal = tmp_path / "runs.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3 * 2 + 3  # three series with two draft lengths, and generated with the usual one
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    assert run(monkeypatch, *source, *sizes, *usual, *series, *outputs) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == answer["results"]
+    again = journal.read_bytes().splitlines(keepends=True)
+    assert (again[: len(lines) - 1], again[-1]) == (lines[:-1], lines[-1])
+    assert run(monkeypatch, *source, *sizes, *usual, *series, "--mode", "greedy", *outputs) == 0
+    assert {one["mode"] for one in json.loads((tmp_path / "out.json").read_text())["results"]} == {"greedy"}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,23 @@ import click
 import torch
 
 from specattn_bench import acceptance_report, options, report
-from specattn_bench.acceptance_study import EVERYTHING, SERIES, Case, along_text, generated, grouped
+from specattn_bench.acceptance_study import (
+    EVERYTHING,
+    FORCED,
+    GENERATED,
+    MODES,
+    SERIES,
+    Case,
+    Kept,
+    Observed,
+    Run,
+    Study,
+    grouped,
+)
 from specattn_bench.acceptance_texts import SETS, Passage, Texts, require_room
 from specattn_bench.corpus import Corpus, library, read
 from specattn_bench.reference import HELD_OUT, held_out
-from specattn_codegen import cpu_info
+from specattn_codegen import cpu_info, json_lines
 from specattn_codegen.errors import SpecError
 from specattn_runtime import load_kernels
 from specattn_runtime.checkpoint import load_llama
@@ -66,9 +78,16 @@ Examples:
 @click.option("--usual-drafts", default=6, show_default=True, help="Where budgets and contexts are compared.")
 @click.option("--passages", default=3, show_default=True, type=click.IntRange(min=1), help="Of a set and context.")
 @click.option("--rounds", default=16, show_default=True, type=click.IntRange(min=1), help="Along each passage.")
-@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(min=0), help="Generated; 0 for none.")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="May be repeated.  [default: all]")
 @click.option(
     "--full", is_flag=True, help="Every budget with every draft length, contexts of 2048 too, generated at all."
+)
+@click.option(
+    "--resume",
+    "journal",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Keep what was observed here as it comes; what the file already has, of the same weights, is not run again.",
 )
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="CPU threads.")
 @click.option("--seed", default=0, show_default=True, help="Of the passages.")
@@ -86,8 +105,9 @@ def command(
     usual_drafts: int,
     passages: int,
     rounds: int,
-    new_tokens: int,
+    modes: tuple[str, ...],
     full: bool,
+    journal: Path | None,
     threads: int,
     seed: int,
     json_path: Path | None,
@@ -110,7 +130,7 @@ def command(
     )
     if not cases:
         raise SpecError("no case left: --usual-budget and --usual-drafts must be among the budgets and draft lengths")
-    decoded = max(rounds * (max(case.draft_len for case in cases) + 1) + 1, new_tokens)
+    decoded = rounds * (max(case.draft_len for case in cases) + 1) + 1
     found = [
         one
         for text_set, context in itertools.product(SETS, contexts)
@@ -118,8 +138,14 @@ def command(
     ]
     require_room(found, llama.config.max_positions)
     usual = [case for case in cases if case.budget == usual_budget and case.draft_len == usual_drafts]
-    prompts = [one for one in found if full or one.context == min(contexts)]
-    summaries = measure(llama, found, cases, prompts, cases if full else usual, rounds, new_tokens)
+    runs = [
+        Run(context=context, modes=together, cases=group)
+        for context in contexts
+        for together in ((FORCED,), tuple(mode for mode in GENERATED if mode in (modes or MODES)))
+        for _, group in grouped(cases if full or FORCED in together else usual)
+        if set(together) & set(modes or MODES) and (full or FORCED in together or context == min(contexts))
+    ]
+    summaries = measure(llama, found, runs, rounds, journal)
     answers = acceptance_report.findings(summaries, budget=usual_budget, draft_len=usual_drafts)
     title = f"{model.name}: {passages} passages a set and context, {rounds} rounds each"
     screen = report.screen()
@@ -132,7 +158,6 @@ def command(
             "heads": llama.config.heads.name,
             "layers": llama.config.num_layers,
             "rounds": rounds,
-            "new_tokens": new_tokens,
             "passages": [
                 {"text": one.text_set, "kind": one.kind, "context": one.context, "sha256": one.digest} for one in found
             ],
@@ -169,26 +194,29 @@ def corpus_of(model: Path, texts: Sequence[Path]) -> Corpus:
 
 
 def measure(
-    llama: Llama,
-    passages: Sequence[Passage],
-    cases: Sequence[Case],
-    prompts: Sequence[Passage],
-    generated_cases: Sequence[Case],
-    rounds: int,
-    new_tokens: int,
+    llama: Llama, passages: Sequence[Passage], runs: Sequence[Run], rounds: int, journal: Path | None
 ) -> list[acceptance_report.Summary]:
-    kernels = load_kernels(llama.config.heads)
-    steps = len(grouped(cases)) + len({case.series for case in generated_cases}) * bool(new_tokens)
-    with report.Bar(steps) as bar:
+    """Mode by mode; runs that the journal has are read there, the others added to it."""
+    kernels, kept = load_kernels(llama.config.heads), {} if journal is None else read_journal(journal)
+    summaries: list[acceptance_report.Summary] = []
+    with report.Bar(len(runs)) as bar:
+        for context in dict.fromkeys(run.context for run in runs):
+            mine = [run for run in runs if run.context == context]
+            there = [passage for passage in passages if passage.context == context]
+            study = Study(llama, kernels, there, [case for run in mine for case in run.cases], rounds=rounds)
+            observed: list[Observed] = []
+            for run in mine:
+                bar.say(f"{context} {run.modes[0]} {run.cases[0].series}, {run.cases[0].draft_len} drafts")
+                key = study.key(run)
+                if key not in kept:
+                    kept[key] = study.run(run)
+                    if journal is not None:
+                        json_lines.append(journal, Kept(key=key, observed=kept[key]))
+                observed += kept[key]
+                bar.advance()
+            summaries += acceptance_report.summarise(observed, there)
+    return sorted(summaries, key=lambda one: MODES.index(one.mode))
 
-        def say(what: str) -> None:
-            bar.say(what)
-            bar.advance()
 
-        bar.say("prefill")
-        observed = along_text(llama, kernels, passages, cases, rounds=rounds, say=say)
-        summaries = acceptance_report.summarise(observed, passages)
-        if new_tokens:
-            observed = generated(llama, kernels, prompts, generated_cases, new_tokens=new_tokens, say=say)
-            summaries += acceptance_report.summarise(observed, prompts)
-    return summaries
+def read_journal(path: Path) -> dict[str, Sequence[Observed]]:
+    return {kept.key: kept.observed for kept in json_lines.read(path, Kept)}

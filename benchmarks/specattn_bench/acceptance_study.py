@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from specattn_bench.acceptance_texts import Passage
 from specattn_bench.known_text import PAGE_SIZE, KnownText, Passages
+from specattn_codegen.digest import digest
 from specattn_codegen.policy import TopK
 from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Llama
 from specattn_runtime.presets import PRESETS, Preset
 from specattn_runtime.sampling import Sampling
-from specattn_runtime.session import open_session
 
 # Every key selected: what drafts lose to rounding alone.
 EVERYTHING = "everything"
 SERIES = (*(preset.name for preset in PRESETS.values() if preset.drafts), EVERYTHING)
 FORCED = "forced"
 GENERATED = {"greedy": Sampling(), "sampled": Sampling(temperature=0.6)}
+MODES = (FORCED, *GENERATED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """Tokens a round of one passage, a mean over its rounds. mode: forced, greedy or sampled; agreeing: forced, as
+    """Tokens a round of one passage, a mean over its rounds. mode: one of MODES; agreeing: forced, as
     many as greedy decoding would keep; holding: forced, the chances that drafts hold, each alone, by PLACES."""
 
     mode: str
@@ -57,89 +59,97 @@ class Observed:
     holding: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-Say = Callable[[str], None]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What shares a batch: cases of one series and draft length, along text or else in what is generated."""
+
+    context: int
+    modes: Sequence[str]
+    cases: Sequence[Case]
 
 
-def along_text(
-    model: Llama,
-    kernels: AttentionKernels,
-    passages: Sequence[Passage],
-    cases: Sequence[Case],
-    *,
-    rounds: int,
-    say: Say,
-) -> list[Observed]:
-    """Expected tokens a round along the passages: 1 and, for every draft, the chance that it and those before it hold.
-    Budgets of a series share a batch."""
-    known = KnownText(
-        model,
-        kernels,
-        padded(passages),
-        draft_lens=[case.draft_len for case in cases],
-        copies=max(len(group) for _, group in grouped(cases)),
-        page_bounds=any(case.preset.uses_page_bounds for case in cases),
-    )
-    observed: list[Observed] = []
-    for (series, draft_len), group in grouped(cases):
-        say(f"{series}, {draft_len} drafts")
-        policies = [TopK(ratio=case.share) for case in group for _ in passages]
-        found = known.run(kernels, group[0].preset, policies, draft_len=draft_len, rounds=rounds)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a run observed, in the file it is kept in. key: see Study.key."""
+
+    key: str
+    observed: Sequence[Observed]
+
+
+class Study:
+    """A model at the end of passages' prompts, which the first run prefills; each run starts there and goes on for as
+    many rounds with all their drafts."""
+
+    def __init__(
+        self,
+        model: Llama,
+        kernels: AttentionKernels,
+        passages: Sequence[Passage],
+        cases: Sequence[Case],
+        *,
+        rounds: int,
+    ) -> None:
+        """cases: of any run to come."""
+        self._model, self._kernels, self._passages = model, kernels, passages
+        self._cases, self._rounds = cases, rounds
+
+    @cached_property
+    def _text(self) -> KnownText:
+        return KnownText(
+            self._model,
+            self._kernels,
+            padded(self._passages),
+            draft_lens=[case.draft_len for case in self._cases],
+            copies=max(len(group) for _, group in grouped(self._cases)) * len(GENERATED),
+            page_bounds=any(case.preset.uses_page_bounds for case in self._cases),
+        )
+
+    def run(self, run: Run) -> list[Observed]:
+        return self._along_text(run.cases) if FORCED in run.modes else self._generated(run)
+
+    def key(self, run: Run) -> str:
+        """The same for runs that observe the same, given the same weights."""
+        return digest(run, [passage.digest for passage in self._passages], self._rounds)
+
+    def _along_text(self, cases: Sequence[Case]) -> list[Observed]:
+        """Expected tokens a round: 1 and, for every draft, the chance that it and those before it hold."""
+        passages, first = self._passages, cases[0]
+        policies = [TopK(ratio=case.share) for case in cases for _ in passages]
+        found = self._text.run(self._kernels, first.preset, policies, draft_len=first.draft_len, rounds=self._rounds)
         accepted = torch.stack(found.accepted).double().mean(dim=0).tolist()
         matched = torch.stack(found.matched).double().mean(dim=0).tolist()
         holding = torch.stack(found.holding, dim=1)  # [B, rounds, drafts]
-        places = itertools.product(range(len(group)), range(len(passages)))
-        observed += [
+        return [
             Observed(
                 mode=FORCED,
-                case=group[copy],
+                case=case,
                 passage=number,
-                tokens=1 + accepted[copy * len(passages) + number],
-                agreeing=1 + matched[copy * len(passages) + number],
-                holding=by_place(holding[copy * len(passages) + number], passages[number].places),
+                tokens=1 + accepted[request],
+                agreeing=1 + matched[request],
+                holding=by_place(holding[request], passages[number].places),
             )
-            for copy, number in places
+            for request, (case, number) in enumerate(itertools.product(cases, range(len(passages))))
         ]
-    return observed
 
-
-def generated(
-    model: Llama,
-    kernels: AttentionKernels,
-    passages: Sequence[Passage],
-    cases: Sequence[Case],
-    *,
-    new_tokens: int,
-    say: Say,
-) -> list[Observed]:
-    """Tokens a round in what the engine makes of the prompts, greedy and sampled, over rounds with all their drafts."""
-    observed: list[Observed] = []
-    for series in dict.fromkeys(case.series for case in cases):
-        say(f"{series}, generated")
-        mine = [case for case in cases if case.series == series]
-        asked = list(itertools.product(range(len(passages)), mine, GENERATED))
-        spec = DecodeSpec(preset=mine[0].preset, max_new_tokens=new_tokens, page_size=PAGE_SIZE)
-        longest = max(len(passage.prompt) for passage in passages) + new_tokens
-        session = open_session(
-            model,
-            kernels,
-            spec,
-            max_requests=len(asked),
-            num_pages=len(asked) * (-(-longest // PAGE_SIZE) + 1),
-            share_prefixes=True,
-        )
-        for number, case, mode in asked:
-            sampling = dataclasses.replace(GENERATED[mode], seed=number)
-            own = dataclasses.replace(spec, budget=case.share, draft_len=case.draft_len, sampling=sampling)
-            session.add_request(passages[number].prompt, own)
-        while session.has_work:
-            session.step()
-        for request, (number, case, mode) in enumerate(asked):
-            result = session.result(request)
-            rounds = zip(result.accepted, result.drafted, strict=True)
-            full = [accepted for accepted, drafted in rounds if drafted == case.draft_len]
-            tokens = 1 + statistics.fmean(full)
-            observed.append(Observed(mode=mode, case=case, passage=number, tokens=tokens))
-    return observed
+    def _generated(self, run: Run) -> list[Observed]:
+        """Tokens a round in what the model makes of the prompts."""
+        asked = list(itertools.product(run.modes, run.cases, range(len(self._passages))))
+        specs = [
+            DecodeSpec(
+                preset=case.preset,
+                draft_len=case.draft_len,
+                budget=case.share,
+                sampling=dataclasses.replace(GENERATED[mode], seed=number),
+                max_new_tokens=self._rounds * (case.draft_len + 1) + 1,
+                page_size=PAGE_SIZE,
+            )
+            for mode, case, number in asked
+        ]
+        requests = self._text.generate(self._kernels, specs, rounds=self._rounds)
+        return [
+            Observed(mode=mode, case=case, passage=number, tokens=1 + statistics.fmean(request.accepted))
+            for (mode, case, number), request in zip(asked, requests, strict=True)
+        ]
 
 
 def by_place(holding: torch.Tensor, places: Sequence[str]) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """The decode loop along text that is known beforehand: the text decides every token, whatever drafts would have said.
 
-Every way to choose keys then verifies the very same rows, and only what the drafts read differs.
+Every way to choose keys then verifies the very same rows, and only what the drafts read differs. From the same prompts
+the model can go on by itself too.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 
 from specattn_codegen.policy import TopK
+from specattn_runtime.decode_spec import DecodeSpec
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Attention, Llama
 from specattn_runtime.paged_cache import PagedCache
 from specattn_runtime.phases import Draft, Prefill, Verify
 from specattn_runtime.presets import PRESETS, Preset
+from specattn_runtime.request import Request
 from specattn_runtime.round import Decoder
 from specattn_runtime.rows import Rows
 from specattn_runtime.stopwatch import Stopwatch
@@ -90,8 +93,7 @@ class KnownText:
         page_bounds: bool = False,
     ) -> None:
         """draft_lens: of any run to come. page_bounds: for presets that rank pages by them."""
-        self._layers = model.config.num_layers
-        self._weights = {part.name: getattr(model, part.name) for part in dataclasses.fields(Llama)}
+        self._layers, self._model = model.config.num_layers, model
         self._texts, self._contexts = passages.texts.repeat(copies, 1), passages.contexts * copies
         width, batch = passages.texts.shape[1], len(passages.contexts)
         prompts = [row[:length] for row, length in zip(passages.texts.tolist(), passages.contexts, strict=True)]
@@ -129,8 +131,8 @@ class KnownText:
         which alone run. after_prompt is called once the prompts' ends are verified, which no draft precedes."""
         model, rows = self._text_llama(), draft_len + 1
         decoder = self._decoder(model, kernels, dataclasses.replace(preset, min_budget=0))
-        decoder.rewind([context - rows for context in self._contexts[: len(policies)]])
-        texts, absent = self._texts.tolist(), [None] * (len(self._contexts) - len(policies))
+        absent = self._start(decoder, len(policies), rows)
+        texts = self._texts.tolist()
         ends = [
             Turn(tokens=tuple(text[context - rows : context]), joins=True, policy=policy)
             for text, context, policy in zip(texts, self._contexts, policies, strict=False)
@@ -145,8 +147,31 @@ class KnownText:
             _, view = decoder.round([*turns, *absent], view)
         return model
 
+    @torch.inference_mode()
+    def generate(self, kernels: AttentionKernels, specs: Sequence[DecodeSpec], *, rounds: int) -> list[Request]:
+        """What the model itself says after the first prompts, one a spec, in as many rounds with all their drafts.
+        specs: of one preset and draft length, with room for what the rounds emit."""
+        decoder = self._decoder(self._model, kernels, specs[0].preset)
+        absent = self._start(decoder, len(specs), specs[0].draft_len + 1)
+        prompts = (row[:context] for row, context in zip(self._texts.tolist(), self._contexts, strict=True))
+        requests = [Request(tuple(prompt), spec) for prompt, spec in zip(prompts, specs, strict=False)]
+        view = None
+        for _ in range(rounds + 1):  # the first ends the prompts
+            turns = [request.turn(request.longest_draft) for request in requests]
+            emitted, view = decoder.round([*turns, *absent], view)
+            for request, given in zip(requests, emitted, strict=False):
+                assert given is not None
+                request.take(given)
+        return requests
+
+    def _start(self, decoder: Decoder, running: int, rows: int) -> list[None]:
+        """The first requests back to where their prompts lack `rows` tokens; the turns of those that do not run."""
+        decoder.rewind([context - rows for context in self._contexts[:running]])
+        return [None] * (len(self._contexts) - running)
+
     def _text_llama(self) -> TextLlama:
-        return TextLlama(**self._weights, texts=self._texts)
+        weights = {part.name: getattr(self._model, part.name) for part in dataclasses.fields(Llama)}
+        return TextLlama(**weights, texts=self._texts)
 
     def _decoder(self, model: Llama, kernels: AttentionKernels, preset: Preset) -> Decoder:
         return Decoder(
