@@ -202,6 +202,30 @@ def test_findings_are_of_long_contexts_and_guided_series() -> None:
     assert findings(summarise(observed(tokens, "greedy"), where), budget=0.07, draft_len=6) == []
 
 
+def test_the_grid_has_every_cell_once(tmp_path: Path) -> None:
+    cells = [(budget, draft_len) for budget in (0.03, 0.1) for draft_len in (4, 6)]
+    found = [
+        Observed(mode=mode, case=Case(series=series, budget=budget, draft_len=draft_len), passage=0, tokens=tokens)
+        for (mode, series), tokens in {
+            ("forced", "quest"): 2.5,
+            ("forced", EVERYTHING): 3.5,
+            ("greedy", "quest"): 4.5,
+        }.items()
+        for budget, draft_len in (cells[:1] if series == EVERYTHING else cells)
+    ]
+    acceptance_report.write_grid(tmp_path / "grid.md", "tiny", summarise(found, [passage("plain", 1024)]))
+    lines = (tmp_path / "grid.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# tiny",
+        "## forced, plain, context 1024",
+        "## greedy, plain, context 1024",
+    ]
+    assert "| series | 4 drafts, 3% | 4 drafts, 10% | 6 drafts, 3% | 6 drafts, 10% |" in lines
+    assert "| `quest` | 2.50 | 2.50 | 2.50 | 2.50 |" in lines
+    assert "| `everything` | 3.50 |  |  |  |" in lines
+    assert "| `quest` | 4.50 | 4.50 | 4.50 | 4.50 |" in lines
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     """The command in this process, on the oracle's kernels; its exit code."""
     monkeypatch.setattr(sys, "argv", ["specattn-bench", "acceptance", *arguments])

@@ -244,6 +244,10 @@ def test_what_cannot_be_served_says_so() -> None:
     mixed.model.layers[1].self_attn.k_proj.bfloat16()
     with pytest.raises(SpecError, match=r"layer 1: k_proj.weight is torch.bfloat16 in a model of torch.float32"):
         greedy(mixed, input_ids, custom_generate=method)
+    spread = random_model("llama")
+    spread.lm_head.to("meta")
+    with pytest.raises(SpecError, match="model on cpu, meta: must be on one device"):
+        greedy(spread, input_ids, custom_generate=method)
     with pytest.raises(SpecError, match=r"budget=1\.5"):
         greedy(random_model("llama"), input_ids, custom_generate=speculative(budget=1.5))
     with pytest.raises(SpecError, match=r"nsa-verify.*planned"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import torch
 
-from specattn_bench import acceptance_report, options, report
+from specattn_bench import acceptance_plots, acceptance_report, options, report
 from specattn_bench.acceptance_study import (
     EVERYTHING,
     FORCED,
@@ -34,21 +34,20 @@ from specattn_runtime.llama import Llama
 from specattn_runtime.tokens import codec_of
 
 TRAINED = report.BENCHMARKS.parent / "tests" / "assets" / "tiny-bytes-8k"
-CONTEXTS, BUDGETS, DRAFT_LENS = (1024, 4096, 8192), (0.03, 0.05, 0.07, 0.1), (4, 6, 8)
-FULL_CONTEXTS = (1024, 2048, 4096, 8192)
+CONTEXTS, BUDGETS, DRAFT_LENS = (1024, 2048, 4096, 8192), (0.03, 0.05, 0.07, 0.1), (4, 6, 8)
 HELP = f"""Tokens a round of every preset, each with the same number of prefix keys, on ordinary text and on text whose
 continuation lies far back.
 
 Along held-out text, where the text decides every token and what is counted is the chance that drafts hold; and in what
-the engine generates from the same prompts, greedy and at temperature 0.6, at the usual budget and draft length and the
-shortest context. `{EVERYTHING}` selects every key and must lose nothing.
+the model generates from the same prompts, greedy and at temperature 0.6, at the usual budget and draft length.
+`{EVERYTHING}` selects every key and must lose nothing.
 
 Text is what a checkpoint's {HELD_OUT} names, files of Python's standard library, or any files with --text.
 
 \b
 Examples:
   specattn-bench acceptance
-  specattn-bench acceptance --full --save
+  specattn-bench acceptance --full all --save
   specattn-bench acceptance --model DIR --text a.txt --text b.txt --context 8000 --json out.json --plot out.png
 """
 
@@ -62,7 +61,7 @@ Examples:
     "contexts",
     multiple=True,
     type=click.IntRange(min=64),
-    help="Prompt tokens; may be repeated.  [default: 1024, 4096, 8192]",
+    help="Prompt tokens; may be repeated.  [default: 1024, 2048, 4096, 8192]",
 )
 @click.option(
     "--budget",
@@ -80,7 +79,9 @@ Examples:
 @click.option("--rounds", default=16, show_default=True, type=click.IntRange(min=1), help="Along each passage.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="May be repeated.  [default: all]")
 @click.option(
-    "--full", is_flag=True, help="Every budget with every draft length, contexts of 2048 too, generated at all."
+    "--full",
+    type=click.Choice((FORCED, "all")),
+    help="Every budget with every draft length, along text or in what is generated too.",
 )
 @click.option(
     "--resume",
@@ -93,7 +94,7 @@ Examples:
 @click.option("--seed", default=0, show_default=True, help="Of the passages.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="PATH", help="Write the results here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="PATH", help="Draw them: .png or .svg.")
-@click.option("--save", is_flag=True, help="Write both to benchmarks/results/acceptance/ of this checkout.")
+@click.option("--save", is_flag=True, help="Write both, and every cell as a table, to benchmarks/results/acceptance/.")
 def command(
     model: Path,
     texts: tuple[Path, ...],
@@ -106,7 +107,7 @@ def command(
     passages: int,
     rounds: int,
     modes: tuple[str, ...],
-    full: bool,
+    full: str | None,
     journal: Path | None,
     threads: int,
     seed: int,
@@ -119,7 +120,7 @@ def command(
     arch, load = cpu_info.detect(measure=False), report.load_average()
     llama = load_llama(model, dtype=torch.float32)
     source = Texts(corpus=corpus_of(model, texts), codec=codec_of(model, llama.config), seed=seed)
-    contexts = contexts or (FULL_CONTEXTS if full else CONTEXTS)
+    contexts = contexts or CONTEXTS
     cases = list(
         dict.fromkeys(
             Case(series=series, budget=usual_budget if series == EVERYTHING else budget, draft_len=draft_len)
@@ -142,8 +143,8 @@ def command(
         Run(context=context, modes=together, cases=group)
         for context in contexts
         for together in ((FORCED,), tuple(mode for mode in GENERATED if mode in (modes or MODES)))
-        for _, group in grouped(cases if full or FORCED in together else usual)
-        if set(together) & set(modes or MODES) and (full or FORCED in together or context == min(contexts))
+        for _, group in grouped(cases if full == "all" or FORCED in together else usual)
+        if set(together) & set(modes or MODES)
     ]
     summaries = measure(llama, found, runs, rounds, journal)
     answers = acceptance_report.findings(summaries, budget=usual_budget, draft_len=usual_drafts)
@@ -169,7 +170,9 @@ def command(
         }
         report.write_json(path, answer)
     for path in plot_paths:
-        acceptance_report.draw(path, title, summaries, budget=usual_budget, draft_len=usual_drafts)
+        acceptance_plots.draw(path, title, summaries, budget=usual_budget, draft_len=usual_drafts)
+    if save:
+        acceptance_report.write_grid(json_paths[-1].with_suffix(".md"), title, summaries)
 
 
 def places(model: Path, json_path: Path | None, plot_path: Path | None, *, save: bool) -> tuple[list[Path], list[Path]]:

@@ -1,4 +1,4 @@
-"""Tokens a round as numbers, tables and a picture. Runs nothing."""
+"""Tokens a round as numbers and tables. Runs nothing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 
 from specattn_bench import tables
 from specattn_bench.acceptance_study import EVERYTHING, FORCED, GENERATED, SERIES, Case, Observed
 from specattn_bench.acceptance_texts import LONG_RANGE, SETS, Passage
-from specattn_bench.plots import FONT_SIZE, GRID, INK, colours
 from specattn_runtime.presets import PRESETS
 
 BASELINE = "streaming"
@@ -230,54 +226,27 @@ def _cells(one: Summary | None) -> tuple[str, str, str]:
     return f"{one.tokens:.2f}", error, "" if one.beside is None else f"{one.beside:.2f}"
 
 
-def draw(path: Path, title: str, summaries: Sequence[Summary], *, budget: float, draft_len: int) -> None:
-    """Forced tokens a round against context, budget and draft length, a row a set; the suffix decides the format."""
-    forced = [one for one in summaries if one.mode == FORCED]
-    usual_budget = [one for one in forced if one.case.budget == budget]
-    usual_length = [one for one in forced if one.case.draft_len == draft_len]
-    figure = Figure(figsize=(14, 8.4), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=FONT_SIZE + 3, color=INK, x=0.01, ha="left")
-    guided = [name for name in SERIES if name in GUIDED]
-    colour = colours(guided, [name for name in SERIES if name not in GUIDED])
-    all_axes = figure.subplots(2, 3, sharey="row", squeeze=False)
-    for row, text_set in zip(all_axes, SETS, strict=True):
-        longest = max((one.context for one in forced if one.text_set == text_set), default=0)
-        far = f"context {longest}"
-        mine = [one for one in usual_budget if one.text_set == text_set and one.case.draft_len == draft_len]
-        _lines(row[0], f"{text_set}: {budget:.0%}, {draft_len} drafts", mine, lambda one: one.context, colour)
-        row[0].set_xlabel("context", fontsize=FONT_SIZE, color=INK)
-        mine = [one for one in usual_length if (one.text_set, one.context) == (text_set, longest)]
-        _lines(row[1], f"{text_set}: {far}, {draft_len} drafts", mine, lambda one: one.case.budget, colour)
-        row[1].xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-        row[1].set_xlabel("selected keys, share of the prefix", fontsize=FONT_SIZE, color=INK)
-        mine = [one for one in usual_budget if (one.text_set, one.context) == (text_set, longest)]
-        _lines(row[2], f"{text_set}: {far}, {budget:.0%}", mine, lambda one: one.case.draft_len, colour)
-        row[2].set_xlabel("drafts a round", fontsize=FONT_SIZE, color=INK)
-        row[0].set_ylabel("tokens a round", fontsize=FONT_SIZE, color=INK)
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=FONT_SIZE)
-    figure.savefig(path, dpi=110)
+def write_grid(path: Path, title: str, summaries: Sequence[Summary]) -> None:
+    """Every cell as Markdown: a table a mode, set and context, with a column a budget and draft length."""
+    lines = [f"# {title}", "", *LEGEND[:-1]]
+    for mode, text_set, context in dict.fromkeys((one.mode, one.text_set, one.context) for one in summaries):
+        mine = [one for one in summaries if (one.mode, one.text_set, one.context) == (mode, text_set, context)]
+        columns = sorted({(one.case.draft_len, one.case.budget) for one in mine})
+        heads = [f"{drafts} drafts, {budget:.0%}" for drafts, budget in columns]
+        lines += [
+            "",
+            f"## {mode}, {text_set}, context {context}",
+            "",
+            _row("series", heads),
+            "|---" * (len(heads) + 1) + "|",
+        ]
+        for series in dict.fromkeys(one.case.series for one in mine):
+            tokens = {
+                (one.case.draft_len, one.case.budget): f"{one.tokens:.2f}" for one in mine if one.case.series == series
+            }
+            lines.append(_row(f"`{series}`", [tokens.get(column, "") for column in columns]))
+    path.write_text("\n".join(lines) + "\n")
 
 
-def _lines(
-    axes: Axes, title: str, cells: Iterable[Summary], place: Callable[[Summary], float], colour: dict[str, str]
-) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title(title, fontsize=FONT_SIZE + 1, color=INK, loc="left")
-    axes.tick_params(colors=INK, labelsize=FONT_SIZE)
-    by_series: dict[str, list[Summary]] = {}
-    for one in sorted(cells, key=place):
-        by_series.setdefault(one.case.series, []).append(one)
-    for series, mine in by_series.items():
-        axes.plot(
-            [place(one) for one in mine],
-            [one.tokens for one in mine],
-            color=colour[series],
-            marker="o",
-            ms=4,
-            lw=1.6,
-            ls="-" if series in GUIDED else "--",
-            label=series,
-        )
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
