@@ -11,7 +11,7 @@ import torch
 
 from specattn_bench import acceptance
 from specattn_bench.acceptance import BUDGETS, CONTEXTS, DRAFT_LENS
-from specattn_bench.acceptance_study import EVERYTHING, MODES, SERIES
+from specattn_bench.acceptance_study import EVERYTHING, FORCED, GENERATED, MODES, SERIES
 from specattn_bench.acceptance_texts import SETS
 from specattn_bench.corpus import library, names_in
 from specattn_runtime.checkpoint import load_llama
@@ -57,6 +57,7 @@ def test_what_was_measured_is_all_there(name: str) -> None:
     }
     for series in SERIES:
         budgets = (0.07,) if series == EVERYTHING else BUDGETS
-        assert set(itertools.product(MODES, SETS, CONTEXTS, (series,), budgets, DRAFT_LENS)) <= measured
+        assert set(itertools.product((FORCED,), SETS, CONTEXTS, (series,), budgets, DRAFT_LENS)) <= measured
+        assert set(itertools.product(GENERATED, SETS, CONTEXTS, (series,), (0.07,), (6,))) <= measured
     assert (RESULTS / f"{name}.png").is_file()
     assert (RESULTS / f"{name}.md").read_text().count("| `streaming` |") == len(MODES) * len(SETS) * len(CONTEXTS)

@@ -114,7 +114,7 @@ class Study:
     def _along_text(self, cases: Sequence[Case]) -> list[Observed]:
         """Expected tokens a round: 1 and, for every draft, the chance that it and those before it hold."""
         passages, first = self._passages, cases[0]
-        policies = [TopK(ratio=case.share) for case in cases for _ in passages]
+        policies = [TopK(ratio=case.share) for case in cases]
         found = self._text.run(self._kernels, first.preset, policies, draft_len=first.draft_len, rounds=self._rounds)
         accepted = torch.stack(found.accepted).double().mean(dim=0).tolist()
         matched = torch.stack(found.matched).double().mean(dim=0).tolist()

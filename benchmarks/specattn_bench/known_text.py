@@ -14,6 +14,7 @@ import torch
 
 from specattn_codegen.policy import TopK
 from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.draft_view import DraftView
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.llama import Attention, Llama
 from specattn_runtime.paged_cache import PagedCache
@@ -42,8 +43,10 @@ class TextLlama(Llama):
 
     texts: torch.Tensor
     rows: list[tuple[Attention, torch.Tensor]] = field(default_factory=list)
-    drafts: list[torch.Tensor] = field(default_factory=list)
-    holding: list[torch.Tensor] = field(default_factory=list)  # chance that a draft holds, of each alone [B, drafts]
+    drafts: list[torch.Tensor] = field(default_factory=list)  # of each step, one budget after the other [B, vocab]
+    verified: list[torch.Tensor] = field(default_factory=list)  # of the last verification [B * rows, vocab]
+    # Of every round. holding: chance that a draft holds, of each alone [budgets * B, drafts].
+    holding: list[torch.Tensor] = field(default_factory=list)
     accepted: list[torch.Tensor] = field(default_factory=list)
     matched: list[torch.Tensor] = field(default_factory=list)
 
@@ -56,15 +59,16 @@ class TextLlama(Llama):
         ((attention, positions),) = self.rows
         if isinstance(attention, Draft):
             self.drafts.append(found.softmax(dim=1))
-        elif self.drafts:
-            self._compare(found)
+        else:
+            self.verified[:] = [found.softmax(dim=1)]
         rows = _rows_of(attention)
         return torch.nn.functional.one_hot(self.texts[rows.requests, positions + 1], found.shape[1]).to(found)
 
-    def _compare(self, found: torch.Tensor) -> None:
-        """found [B * rows, vocab], every request having as many rows; those but the last were drafted after."""
-        drafted = torch.stack(self.drafts, dim=1)  # [B, drafts, vocab]
-        verified = found.softmax(dim=1).view(len(drafted), -1, found.shape[1])[:, :-1]
+    def compare(self, draft_len: int) -> None:
+        """The round's drafts with its verification, whose rows but the last of a request were drafted after."""
+        drafted = torch.stack(self.drafts).unflatten(0, (-1, draft_len)).transpose(1, 2).flatten(0, 1)
+        verified = self.verified[0].unflatten(0, (-1, draft_len + 1))[:, :-1]
+        verified = verified.repeat(len(drafted) // len(verified), 1, 1)  # [budgets * B, drafts, vocab]
         self.holding.append(torch.minimum(drafted, verified).sum(dim=2))
         self.accepted.append(self.holding[-1].cumprod(dim=1).sum(dim=1))
         agrees = drafted.argmax(dim=2) == verified.argmax(dim=2)
@@ -93,7 +97,7 @@ class KnownText:
         page_bounds: bool = False,
     ) -> None:
         """draft_lens: of any run to come. page_bounds: for presets that rank pages by them."""
-        self._layers, self._model = model.config.num_layers, model
+        self._layers, self._model, self._copies = model.config.num_layers, model, copies
         self._texts, self._contexts = passages.texts.repeat(copies, 1), passages.contexts * copies
         width, batch = passages.texts.shape[1], len(passages.contexts)
         prompts = [row[:length] for row, length in zip(passages.texts.tolist(), passages.contexts, strict=True)]
@@ -127,24 +131,29 @@ class KnownText:
         rounds: int,
         after_prompt: Callable[[], None] = lambda: None,
     ) -> TextLlama:
-        """The model, with how well its drafts and verifications agreed in every round. policies: of the first requests,
-        which alone run. after_prompt is called once the prompts' ends are verified, which no draft precedes."""
-        model, rows = self._text_llama(), draft_len + 1
+        """The model, with how well its drafts and verifications agreed in every round, under one policy after the other
+        for all passages: request c * passages + p is passage p under policy c. They draft one by one, and share the
+        verification, which is the same for all of them.
+
+        after_prompt is called once the prompts' ends are verified, which no draft precedes."""
+        model, batch = self._text_llama(), len(self._contexts) // self._copies
         decoder = self._decoder(model, kernels, dataclasses.replace(preset, min_budget=0))
-        absent = self._start(decoder, len(policies), rows)
-        texts = self._texts.tolist()
-        ends = [
-            Turn(tokens=tuple(text[context - rows : context]), joins=True, policy=policy)
-            for text, context, policy in zip(texts, self._contexts, policies, strict=False)
-        ]
-        _, view = decoder.round([*ends, *absent], None)
-        after_prompt()
-        for _ in range(rounds):
-            turns = [
-                Turn(tokens=(text[length],), draft_len=draft_len, policy=policy)
-                for text, length, policy in zip(texts, self._cache.lengths, policies, strict=False)
+        absent = self._start(decoder, batch, draft_len + 1)
+        texts = self._texts[:batch].tolist()
+        views: list[DraftView | None] = [None] * len(policies)
+        for number in range(rounds + 1):  # the first ends the prompts
+            drafts = draft_len if number else 0
+            begins = list(self._cache.lengths[:batch])
+            tokens = [
+                tuple(text[begin : begin + 1 if number else begin + draft_len + 1])
+                for text, begin in zip(texts, begins, strict=True)
             ]
-            _, view = decoder.round([*turns, *absent], view)
+            turns = [[*_turns(tokens, drafts, policy), *absent] for policy in policies]
+            views = _shared_round(decoder, turns, views)
+            if number:
+                model.compare(draft_len)
+            else:
+                after_prompt()
         return model
 
     @torch.inference_mode()
@@ -181,3 +190,28 @@ class KnownText:
             preset=preset,
             stopwatch=Stopwatch(),
         )
+
+
+def _turns(tokens: Sequence[tuple[int, ...]], draft_len: int, policy: TopK) -> list[Turn]:
+    return [Turn(tokens=given, draft_len=draft_len, joins=not draft_len, policy=policy) for given in tokens]
+
+
+def _shared_round(
+    decoder: Decoder, turns: Sequence[Sequence[Turn | None]], views: Sequence[DraftView | None]
+) -> list[DraftView | None]:
+    """A round of the same requests under several policies, turns and views of each -> the next views. One verification
+    serves all, unless scores are normalised by what the drafts computed. Its keys all stay."""
+    begins = list(decoder.cache.lengths)
+    if decoder.preset.uses_references and len(turns) > 1:
+        found: list[DraftView | None] = []
+        for mine, view in zip(turns, views, strict=True):
+            decoder.rewind(begins)
+            found += _shared_round(decoder, [mine], [view])
+        return found
+    drafted = None
+    for mine, view in zip(turns, views, strict=True):
+        drafted = decoder.draft(mine, view)
+        decoder.rewind(begins)
+    assert drafted is not None
+    verified = decoder.verify(turns[0], drafted)
+    return [decoder.refresh(mine, verified, view) for mine, view in zip(turns, views, strict=True)]

@@ -192,7 +192,7 @@ class Study:
         self, model: Llama, kernels: AttentionKernels, passages: Passages, *, draft_len: int, rounds: int
     ) -> None:
         self._kernels, self._draft_len, self._rounds = kernels, draft_len, rounds
-        self._heads, self._layers, self._batch = model.config.heads, model.config.num_layers, len(passages.contexts)
+        self._heads, self._layers = model.config.heads, model.config.num_layers
         self._text = KnownText(model, kernels, passages, draft_lens=(draft_len,))
 
     def run(self, method: Method, budget: float) -> Recorded:
@@ -201,7 +201,7 @@ class Study:
         model = self._text.run(
             kernels,
             PRESETS[method.preset],
-            [TopK(ratio=budget)] * self._batch,
+            [TopK(ratio=budget)],
             draft_len=self._draft_len,
             rounds=self._rounds,
             after_prompt=kernels.forget,
