@@ -213,7 +213,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 kv_len = T.alloc_var(INT, init=kv_lens[request])
                 num_keys = T.alloc_var(INT, init=T.max(kv_len, 0))
                 drafts = T.alloc_var("bool", init=mode[request] != 0)
-                prefix = T.alloc_var(INT, init=T.if_then_else(drafts, 0, kv_len - q_len))  # keys that have scores
                 count = T.alloc_var(INT, init=T.min(T.max(counts[request * stride_counts + kv_head], 0), width))
                 tail = T.alloc_var(INT, init=T.if_then_else(drafts, tail_start[request], 0))
                 tail = T.min(T.max(tail, 0), num_keys)
@@ -243,7 +242,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     end = T.alloc_var(INT, init=T.min(end_key_tile * BLOCK_N, listed))
                     places = T.alloc_var(INT, init=end - start)
                     first = T.alloc_var(INT, init=tile * BLOCK_M)
-                    begin = T.alloc_var(INT, init=tail + start)  # the first key, where a request verifies
                     for m, d in T.Parallel(BLOCK_M, HEAD_DIM):
                         row, head = (first + m) // GROUP, kv_head * GROUP + (first + m) % GROUP
                         q_tile[m, d] = T.if_then_else(
