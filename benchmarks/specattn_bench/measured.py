@@ -11,11 +11,11 @@ import torch
 
 from specattn_bench.plans import Chosen, NotServedError, Plans, choose
 from specattn_bench.series import AnySeries, Contender
-from specattn_bench.timing import Launch, after_weights
+from specattn_bench.timing import Launch
 from specattn_codegen import build
 from specattn_codegen.arch import Arch
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.measure import time_interleaved
+from specattn_codegen.measure import Timer, host_timer, time_interleaved
 from specattn_codegen.problems import AttentionProblem
 from specattn_codegen.prove import Extent, prove
 from specattn_codegen.render import render
@@ -67,9 +67,9 @@ def launches(kernel: Kernel, calls: Sequence[Call]) -> list[Launch]:
     return [functools.partial(kernel.launch, call, workspace) for call in calls]
 
 
-def timed(contenders: Sequence[Contender[AnySeries]], seconds: float, arch: Arch) -> list[AnySeries]:
+def timed(contenders: Sequence[Contender[AnySeries]], seconds: float, timer: Timer = host_timer) -> list[AnySeries]:
     """Every series with its timing, for `seconds` in all; those without a launch as they are."""
     with torch.inference_mode():
         runs = [run for _, run in contenders if run]
-        found = iter(time_interleaved(runs, seconds=seconds, timer=after_weights(arch)))
+        found = iter(time_interleaved(runs, seconds=seconds, timer=timer))
     return [dataclasses.replace(one, timing=next(found)) if run else one for one, run in contenders]

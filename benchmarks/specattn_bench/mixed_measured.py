@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from specattn_bench.measured import SEED, built, launches, timed
 from specattn_bench.mixed_series import Asked, Case, batches_of
 from specattn_bench.series import Contender, Series
-from specattn_bench.timing import Launch, in_turn
+from specattn_bench.timing import Launch, after_weights, in_turn
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
 from specattn_codegen.cost_model.floor import least_work
@@ -44,7 +44,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     return timed(
         [_contender(one, mixed, turn), _contender(two, apart, turn), _contender(every, verifying_all, turn)],
         seconds,
-        arch,
+        after_weights(arch),
     )
 
 

@@ -53,11 +53,11 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
             contenders.append((series, run))
         work = contenders[0][0].work
         if case.verified:
-            return timed([*contenders, verification(asked, case, arch)], seconds, arch)
+            return timed([*contenders, verification(asked, case, arch)], seconds)
         for name, peer in peers_of(RULES[case.rule]).items():
             run = in_turn([functools.partial(peer, copy) for copy in copies], turn)
             contenders.append((Series(case=case, name=name, kind="peer", work=work), run))
-        return timed(contenders, seconds, arch)
+        return timed(contenders, seconds)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from specattn_bench.measured import SEED, built, launches, timed
 from specattn_bench.series import Contender, Series
 from specattn_bench.sparse_peers import PEERS, caches_of, gathering_of
 from specattn_bench.sparse_series import Asked, Case, disjoint_selections
-from specattn_bench.timing import Launch, in_turn
+from specattn_bench.timing import Launch, after_weights, in_turn
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
 from specattn_codegen.check import Verdict, check_attention
@@ -62,7 +62,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     for name, peer in PEERS.items():
         runs: list[Launch] = [peer(layout, gathering) for gathering in gatherings for layout in layouts]
         contenders.append((Series(case=case, name=name, kind="peer", work=work), in_turn(runs, turn)))
-    return timed(contenders, seconds, arch)
+    return timed(contenders, seconds, after_weights(arch))
 
 
 def _contender(

@@ -13,7 +13,7 @@ from specattn_bench.ceilings import readers
 from specattn_bench.measured import SEED, built, inputs_of, launches, load, timed
 from specattn_bench.plans import DEFAULT, choose
 from specattn_bench.series import Contender
-from specattn_bench.timing import Launch, in_turn, turns
+from specattn_bench.timing import Launch, after_weights, in_turn, turns
 from specattn_bench.verify_series import READING, SCORES, Asked, Case, Series
 from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
@@ -42,7 +42,7 @@ def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[S
     for name, run in peers.peer_launches(asked.heads, problem, arch).items():
         scored = name == peers.WITH_SCORES
         contenders.append((Series(case=case, name=name, kind="peer", work=work, scored=scored), run))
-    found = timed(contenders, seconds, arch)
+    found = timed(contenders, seconds, after_weights(arch))
     reading = min((one for one in found if one.kind == "beside"), key=_median)
     return [one for one in found if one.kind != "beside" or one is reading]
 
