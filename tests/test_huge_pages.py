@@ -55,8 +55,3 @@ def test_advice_changes_no_value(count: int) -> None:
     data = torch.arange(count, dtype=torch.float32)
     assert huge_pages.advise(data) is data
     assert torch.equal(data, torch.arange(count, dtype=torch.float32))
-
-
-def test_memory_of_a_device_is_left_alone() -> None:
-    elsewhere = torch.empty(1 << 22, device="meta")
-    assert huge_pages.advise(elsewhere) is elsewhere

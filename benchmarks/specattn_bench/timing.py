@@ -17,8 +17,9 @@ CACHES_OF_WEIGHTS = 4  # last-level caches
 
 def after_weights(arch: Arch) -> Timer:
     """Times a launch of attention in the state in which a decode step comes to it: what was read last, in order, were
-    weights. So no series pays for what the one before it has left to be written back, nor for what that has taught the
-    prefetchers. Selection is not timed so: it follows the verification that wrote its scores."""
+    weights. Otherwise a series pays for the state in which the one before it has left caches and prefetchers: after
+    torch's attention ours took a fifth more time, until something was read. Selection is not timed so: it follows the
+    verification that wrote its scores."""
     weights = torch.ones(CACHES_OF_WEIGHTS * arch.l2_bytes // 4)
 
     def timer(launch: Launch) -> float:
