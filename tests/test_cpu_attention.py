@@ -15,6 +15,7 @@ import torch
 from cases import HEADS, RAGGED, SCORES, SMALL, kernel_for, run, verdict, verify_spec
 from specattn_codegen import cpu_info, paths, space
 from specattn_codegen.build import cpu
+from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.problems import attention_problem
@@ -288,6 +289,19 @@ def test_results_do_not_depend_on_threads_or_neighbours() -> None:
     assert single.scores is not None
     assert torch.equal(both.out[:3], single.out)
     assert torch.equal(both.scores[0, :, :1997], single.scores[0, :, :1997])
+
+
+@pytest.mark.parametrize("op", ["verify_attention", "sparse_attention"])
+def test_a_page_that_the_cache_does_not_have_is_refused_and_one_past_a_length_ignored(op: Op) -> None:
+    kernel = kernel_for(verify_spec(SMALL) if op == "verify_attention" else sparse_spec(SMALL))
+    problem = attention_problem(kernel.spec, q_lens=[1, 2], kv_lens=[40, 100], page_size=16, seed=12, budget=500)
+    right = run(kernel, problem).out.clone()
+    problem.page_table[0, 3:] = 1 << 30
+    assert problem.page_table.shape[1] > 3
+    assert torch.equal(run(kernel, problem).out, right)
+    problem.page_table[1, 2] = problem.k_cache.shape[0]
+    with pytest.raises(SpecError, match=rf"page_table\[1, 2\]={problem.k_cache.shape[0]}: the cache has"):
+        run(kernel, problem)
 
 
 def test_columns_past_the_prefix_are_never_written() -> None:

@@ -97,6 +97,12 @@ BAD_INPUTS: dict[str, tuple[Change, str]] = {
     "page size": (lambda p: {"k_cache": p.k_cache[:, :8]}, r"k_cache has shape"),
     "table dtype": (lambda p: {"page_table": p.page_table.long()}, r"page_table is torch.int64"),
     "lengths": (lambda p: {"kv_lens": p.kv_lens + 100_000}, r"max_kv=\d+: a request has"),
+    "a page past the cache": (
+        lambda p: {"page_table": p.page_table + 10_000},
+        r"page_table\[0, 0\]=1\d{4}: the cache has",
+    ),
+    "a page before it": (lambda p: {"page_table": p.page_table - 10_000}, r"page_table\[0, 0\]=-\d+: the cache has"),
+    "no pages": (lambda p: {"k_cache": p.k_cache[:0], "v_cache": p.v_cache[:0]}, r"the cache has 0 pages"),
     "cu_q": (lambda p: {"cu_q": p.cu_q + 1}, r"cu_q=\["),
     "max_q": (lambda _: {"max_q": 1}, r"max_q=1: a request has 3 rows"),
     "max_kv": (lambda _: {"max_kv": 10**9}, r"max_kv=1000000000"),

@@ -103,6 +103,9 @@ def load_library(text: str, target: str, name: str) -> ctypes.CDLL:
         raise BuildError(f"{folder} does not load ({error}); delete that folder to rebuild it") from error
 
 
+STRAY_PAGE = 2  # what `run` of an attention kernel returns where a key's page is not in the cache
+
+
 class _AttentionArguments(ctypes.Structure):
     """Mirrors `struct Arguments` of templates/cpu/_attention.jinja, field for field."""
 
@@ -117,7 +120,7 @@ class _AttentionArguments(ctypes.Structure):
     )
     _SIZES = (
         *("batch", "num_pages", "page_size", "max_q", "max_kv", "selected_width", "block", "slot_bytes"),
-        *("split_keys", "threads"),
+        *("split_keys", "threads", "stray_page"),
     )
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -208,17 +211,33 @@ class CpuKernel:
     def launch(self, call: Call, workspace: torch.Tensor) -> None:
         arguments = _arguments(call, self.plan)
         arguments.workspace = workspace.data_ptr()
-        if not self.library.run(ctypes.byref(arguments)):
+        failure = self.library.run(ctypes.byref(arguments))
+        if not failure:
             return
         if isinstance(call, SelectCall):
             raise SpecError(
                 f"scores: {call.policy} needs masses, finite and not negative, and a row has other scores; "
                 "ask verification for value='weight', or select by TopK or Threshold"
             )
+        if failure == STRAY_PAGE:
+            raise SpecError(_stray_page(call))
         raise BuildError(
             f"{self.spec.name}: the system does not lend AMX tile registers to this process; "
             "use a plan with product=fma"
         )
+
+
+def _stray_page(call: AttentionCall) -> str:
+    """Which entry of the page table names a page that the cache does not have."""
+    pages, page_size = call.k_cache.shape[:2]
+    for request, length in enumerate(call.kv_lens.tolist()):
+        for entry, page in enumerate(call.page_table[request, : -(-length // page_size)].tolist()):
+            if not 0 <= page < pages:
+                return (
+                    f"page_table[{request}, {entry}]={page}: the cache has {pages} pages, and this request's {length} "
+                    "keys reach into that entry; name one of them (what this call wrote is of no use)"
+                )
+    raise AssertionError("the kernel met a page that the page table does not name")
 
 
 def _arguments(call: Call, plan: Plan) -> _AttentionArguments | _SelectArguments:

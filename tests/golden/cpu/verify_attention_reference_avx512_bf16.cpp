@@ -123,6 +123,7 @@ struct Arguments {
     int64_t table_row, score_request, score_row, index_request, index_row, k_scale_head, v_scale_head;
     int32_t batch, num_pages, page_size, max_q, max_kv, selected_width;
     int32_t block, slot_bytes, split_keys, threads;  // block: keys per index; split_keys: a multiple of KEY_TILE
+    mutable int32_t stray_page;  // whether some key's entry in the page table named no page of the cache
 };
 
 // Of floats too, where fminf and fmaxf would be calls into a library; NaN only where b is.
@@ -175,6 +176,13 @@ struct Task {
     int request, first_head, unit, begin, end;  // begin and end count in the request's virtual keys
 };
 
+// The page that an entry of the page table names; where the cache has no such page its first, and the call fails.
+static inline int64_t page_of(const Arguments& a, int32_t entry) {
+    if ((uint32_t)entry < (uint32_t)a.num_pages) return entry;
+    __atomic_store_n(&a.stray_page, 1, __ATOMIC_RELAXED);
+    return 0;
+}
+
 static inline void set_key(
     const Arguments& a, const Task& task, Tile& tile, int j, int position, int64_t page, int64_t slot
 ) {
@@ -187,7 +195,7 @@ static void locate_in_order(const Arguments& a, const Request& r, const Task& ta
     const int32_t* pages = a.page_table + task.request * a.table_row;
     int page_index = (r.first_key + begin) / a.page_size, slot = (r.first_key + begin) % a.page_size;
     for (int j = 0; j < tile.count; j++) {
-        set_key(a, task, tile, j, r.first_key + begin + j, pages[page_index], slot);
+        set_key(a, task, tile, j, r.first_key + begin + j, page_of(a, pages[page_index]), slot);
         if (++slot == a.page_size) slot = 0, page_index++;
     }
 }
@@ -865,7 +873,8 @@ static int useful_threads(const Arguments& a, int64_t keys) {
 
 extern "C" int64_t workspace_bytes(const Arguments* a) { return plan_workspace(*a).bytes; }
 
-// Returns 0, or 1 where the system does not lend the registers that the kernel needs.
+// Returns 0; 1 where the system does not lend the registers that the kernel needs; 2 where a key's page is not there,
+// and then what was written means nothing.
 extern "C" int run(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Workspace w = plan_workspace(a);
@@ -883,6 +892,8 @@ extern "C" int run(const Arguments* arguments) {
         keys_in_all += (int64_t)keys * task_heads;
     }
     const int splits = w.split_offset[blocks], rows = a.cu_q[a.batch];
+    a.stray_page = 0;
+    if (splits > 0 && a.num_pages <= 0) return 2;
 
 #pragma omp parallel num_threads(useful_threads(a, keys_in_all))
     {
@@ -905,5 +916,5 @@ extern "C" int run(const Arguments* arguments) {
         for (int request = 0; request < a.batch; request++)
             for (int row = 0; row < SCORE_ROWS; row++) count_scores(a, request, row);
     }
-    return 0;
+    return a.stray_page ? 2 : 0;
 }
