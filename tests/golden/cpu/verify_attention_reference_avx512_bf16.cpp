@@ -231,28 +231,34 @@ static inline __attribute__((always_inline)) void fetch_line(const Cached* line)
     __builtin_prefetch(line, 0, 2);
 }
 
-template <int ELEMENTS> static inline __attribute__((always_inline)) void fetch_row(const Cached* row) {
-#pragma GCC unroll 8
-    for (int at = 0; at < ELEMENTS; at += LINE) fetch_line(row + at);
-}
-
 struct FetchNothing {
     void read(int, int) {}
     void advance() {}
 };
 
-// Fetches the next tile's rows a few at a time, evenly over `blocks` blocks of work, as few can be under way at once.
+constexpr int ABREAST = 1;  // rows fetched together, line by line
+
+template <int ELEMENTS> static inline __attribute__((always_inline)) void fetch_rows(const Cached* const* rows) {
+#pragma GCC unroll 16
+    for (int at = 0; at < ELEMENTS; at += LINE)
+#pragma GCC unroll 8
+        for (int row = 0; row < ABREAST; row++) fetch_line(rows[row] + at);
+}
+
+// Fetches the next tile's rows evenly over `blocks` blocks of work, as few lines can be under way at once.
 template <int ELEMENTS> struct Fetcher {
+    static constexpr int STEPS = KEY_TILE / ABREAST;
+
     const Cached* const* rows;
-    uint32_t rows_per_block, due = 0, fetched = 0;  // the first two in units of 2^-16 rows
+    uint32_t steps_per_block, due = 0, done = 0;  // the first two in units of 2^-16 steps
 
     Fetcher(const Strip& strip, int blocks)
-        : rows(strip.ahead), rows_per_block(((uint32_t)KEY_TILE << 16) / (uint32_t)blocks + 1) {}
+        : rows(strip.ahead), steps_per_block(((uint32_t)STEPS << 16) / (uint32_t)blocks + 1) {}
 
     // After each block.
     __attribute__((always_inline)) void advance() {
-        due += rows_per_block;
-        for (; fetched < due >> 16 && fetched < KEY_TILE; fetched++) fetch_row<ELEMENTS>(rows[fetched]);
+        due += steps_per_block;
+        for (; done < due >> 16 && done < STEPS; done++) fetch_rows<ELEMENTS>(rows + done * ABREAST);
     }
 
     void read(int, int) {}
