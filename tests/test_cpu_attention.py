@@ -15,6 +15,7 @@ import torch
 from cases import HEADS, RAGGED, SCORES, SMALL, kernel_for, run, verdict, verify_spec
 from specattn_codegen import cpu_info, paths, space
 from specattn_codegen.build import cpu
+from specattn_codegen.check import check_attention
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
@@ -302,6 +303,36 @@ def test_a_page_that_the_cache_does_not_have_is_refused_and_one_past_a_length_ig
     problem.page_table[1, 2] = problem.k_cache.shape[0]
     with pytest.raises(SpecError, match=rf"page_table\[1, 2\]={problem.k_cache.shape[0]}: the cache has"):
         run(kernel, problem)
+
+
+@pytest.mark.parametrize("longest", [1500, 24_000], ids=["near", "far"])
+@pytest.mark.parametrize("heads_per_task", ["one", "all"])
+def test_kept_weights_of_many_requests_share_memory(heads_per_task: str, longest: int) -> None:
+    """More requests than are under way at once: most have the memory that another left, whatever the threads. Where one
+    may be long, weights are written past the caches."""
+    kernel = kernel_for(
+        verify_spec(SMALL, score=ScoreSpec()), changes={"split_keys": 256, "heads_per_task": heads_per_task}
+    )
+    problem = attention_problem(
+        kernel.spec,
+        q_lens=[3, 5, 2, 0, 5, 1, 4, 5, 3, 2, 1],
+        kv_lens=[700, longest, 0, 300, 5, 900, 513, 1200, 64, 700, 1100],
+        page_size=16,
+        seed=17,
+    )
+    found = run(kernel, problem)
+    result = check_attention(kernel.spec, problem, found.out, found.lse, found.scores)
+    assert result.passed, result.detail
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(kernel, problem)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.out, alone.out)
+    assert found.scores is not None
+    assert alone.scores is not None
+    assert torch.equal(found.scores.nan_to_num(-1.0), alone.scores.nan_to_num(-1.0))
 
 
 def test_columns_past_the_prefix_are_never_written() -> None:

@@ -695,6 +695,12 @@ static void attend_split(const Arguments& a, const Workspace& w, const Task& tas
     memcpy(w.partial_acc + slot * DV_PADDED, acc, task_rows * DV_PADDED * sizeof(float));
 }
 
+static void attend(const Arguments& a, const Workspace& w, const Task& task, char* memory) {
+    const Request r = request_of(a, task.request);
+    if (in_strips(r.rows * GROUP, heads_per_task(r))) attend_split<true>(a, w, task, memory);
+    else attend_split<false>(a, w, task, memory);
+}
+
 // The task of one split, counted over all requests and heads.
 static Task task_of(const Arguments& a, const Workspace& w, int split) {
     int block = 0;
@@ -785,10 +791,7 @@ extern "C" int run(const Arguments* arguments) {
         char* scratch = w.scratch + omp_get_thread_num() * w.scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
         for (int split = 0; split < splits; split++) {
-            const Task task = task_of(a, w, split);
-            const Request r = request_of(a, task.request);
-            if (in_strips(r.rows * GROUP, heads_per_task(r))) attend_split<true>(a, w, task, scratch);
-            else attend_split<false>(a, w, task, scratch);
+            attend(a, w, task_of(a, w, split), scratch);
         }
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < (int64_t)rows * NUM_Q_HEADS; item++) {
