@@ -8,11 +8,11 @@ from importlib import metadata
 
 import torch
 
-from specattn_codegen.arch import Arch, Vendor
 from specattn_codegen.build import cpu
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
 from specattn_codegen.plan import Backend
+from specattn_codegen.processors.arch import Arch, Vendor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import TopK
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
 
 DRAFT_LEN = 6

@@ -7,14 +7,15 @@ from typing import get_args
 
 import torch
 
-from specattn_codegen import build, cpu_info, space
+from specattn_codegen import build, space
 from specattn_codegen.build import cpu
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import Verdict, check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall, Kernel
 from specattn_codegen.plan import Setting
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof.check import Verdict, check_attention
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.render import render
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreRows, ScoreSpec
 

@@ -9,13 +9,14 @@ import dataclasses
 import json
 import sys
 
-from specattn_codegen import gpus, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.build.cross_compile import cross_compile
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 

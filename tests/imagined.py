@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model import guess_resources
 from specattn_codegen.cost_model.calibration import Agreement
 from specattn_codegen.environment import silicon
-from specattn_codegen.jobs import CompileJob
-from specattn_codegen.model_fit import ModelFit, model_digest
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.record import Stage
-from specattn_codegen.workforce import TuningJob
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.tuning.jobs import CompileJob
+from specattn_codegen.tuning.model_fit import ModelFit, model_digest
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Stage
+from specattn_codegen.tuning.workforce import TuningJob
 
 
 def imagined_fit(arch: Arch, factors: dict[str, float]) -> ModelFit:

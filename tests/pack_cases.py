@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specattn_codegen import gpus, pack, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.environment import current
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import ChosenBy, Entry
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import ChosenBy, Entry
+from specattn_codegen.packs.staleness import space_digest
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
-from specattn_codegen.staleness import space_digest
 
 ARCH = gpus.find("h100")
 HEADS = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specattn_runtime.acceptance import accept_greedy, accept_sampled, residual
+from specattn_runtime.decoding.acceptance import accept_greedy, accept_sampled, residual
 
 
 def accepted_by_hand(drafts: list[int], targets: list[int]) -> int:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from specattn_codegen import cpu_info, space
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.processors import cpu_info
 from specattn_codegen.spec import KernelSpec
 from test_dispatch_packs import published
 

@@ -29,11 +29,11 @@ from specattn_bench.acceptance_texts import SETS, Passage, Texts
 from specattn_bench.corpus import Corpus
 from specattn_bench.episodes import KINDS
 from specattn_codegen.errors import SpecError
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.engine import generate
-from specattn_runtime.llama import Llama
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.tokens import ByteCodec
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.engine import generate
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.tokens import ByteCodec
 from tiny_models import one_thread, save_checkpoint, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 SOURCE = "".join(

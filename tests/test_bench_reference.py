@@ -14,9 +14,9 @@ from specattn_bench import cli, reference, reference_report
 from specattn_bench.known_text import Passages
 from specattn_bench.reference_methods import METHODS, RowLses, Seen, exact
 from specattn_bench.reference_study import Study
-from specattn_codegen.reference import reduce_scores, scored_rows
+from specattn_codegen.proof.reference import reduce_scores, scored_rows
 from specattn_codegen.spec import ScoreSpec
-from specattn_runtime.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
 from tiny_models import TRAINED, one_thread, save_checkpoint, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "reference" / "tiny-bytes-llama.json"

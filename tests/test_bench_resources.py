@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 from specattn_bench import report, resources
-from specattn_codegen import gpus
+from specattn_codegen.processors import gpus
 
 COMMITTED = report.BENCHMARKS / "results" / "cross-compiled" / "resources.json"
 

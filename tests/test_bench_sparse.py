@@ -21,17 +21,18 @@ from specattn_bench.sparse_measured import ALL_KEYS
 from specattn_bench.sparse_peers import PEERS, caches_of, gathering_of
 from specattn_bench.sparse_series import disjoint_selections
 from specattn_bench.standing import Beside, standings
-from specattn_codegen import cpu_info, reference
 from specattn_codegen.build import cpu
 from specattn_codegen.calls import select_call
-from specattn_codegen.check import Verdict, expect_attention
 from specattn_codegen.cost_model.floor import Work
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import summary
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import attention_problem, random_scores
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import Verdict, expect_attention
+from specattn_codegen.proof.problems import attention_problem, random_scores
 from specattn_codegen.render import render_text
 from specattn_codegen.results import Selection
+from specattn_codegen.tuning.measure import summary
 
 HEADS = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=16)
 TINY = ("--heads", "4,2,16", "--seconds", "0.02", "--dtype", "float32")

@@ -15,12 +15,12 @@ from specattn_bench.throughput_models import Prompts, Subject, drawn_prompts, pr
 from specattn_bench.throughput_peer import GENERATED, PlainGenerate, in_transformers
 from specattn_bench.throughput_report import DENSE, GENERATE, Line, line_of, standings
 from specattn_codegen.errors import SpecError
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_length import expected_tokens
-from specattn_runtime.generation import RequestResult
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_length import expected_tokens
+from specattn_runtime.decoding.generation import RequestResult
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.model.llama import Llama
 from tiny_models import TRAINED, one_thread, save_checkpoint, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 TEXT = (TRAINED / "heldout.txt").read_bytes()

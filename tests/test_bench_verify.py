@@ -16,13 +16,14 @@ from specattn_bench.plans import DEFAULT, Chosen, NotServedError
 from specattn_bench.roofline import floor_of, method_work
 from specattn_bench.timing import in_turn
 from specattn_bench.verify_series import READING, SCORES, Asked, Case
-from specattn_codegen import cpu_info, reference
-from specattn_codegen.check import Verdict
 from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.ladder import Rung
+from specattn_codegen.packs.ladder import Rung
 from specattn_codegen.plan import Plan
-from specattn_codegen.problems import attention_problem
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import Verdict
+from specattn_codegen.proof.problems import attention_problem
 from specattn_codegen.spec import KernelSpec, Workload
 
 TINY = ("--heads", "4,2,16", "--keys", "256", "--rows", "1", "--dtype", "float32", "--seconds", "0.02")

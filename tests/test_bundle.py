@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import bundle, cpu_info, environment, gpus, pack, record
+from specattn_codegen import environment
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import Entry, Pack
-from specattn_codegen.record import Record
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry, Pack
+from specattn_codegen.processors import cpu_info, gpus
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_session import Budget, Target, Task
-from specattn_codegen.workforce import processes
+from specattn_codegen.tuning import bundle, record
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.tune_session import Budget, Target, Task
+from specattn_codegen.tuning.workforce import processes
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 TASK = Task(

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from select_cases import any_score, rows_of
-from specattn_codegen import HeadConfig, reference
+from specattn_codegen import HeadConfig
 from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import Policy, Threshold, TopK
-from specattn_codegen.problems import random_scores
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.problems import random_scores
 from specattn_runtime import calibrate_thresholds, load_kernels
 
 budgets = st.one_of(st.integers(1, 30).map(lambda k: TopK(k=k)), st.floats(0.01, 1.0).map(lambda r: TopK(ratio=r)))

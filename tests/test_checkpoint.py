@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from specattn_codegen.errors import CheckpointError, SpecAttnError, SpecError
-from specattn_runtime.checkpoint import build_llama, load_llama
-from specattn_runtime.llama_config import parse_config
-from specattn_runtime.tokens import ByteCodec, codec_of
+from specattn_runtime.model.checkpoint import build_llama, load_llama
+from specattn_runtime.model.llama_config import parse_config
+from specattn_runtime.model.tokens import ByteCodec, codec_of
 from tiny_models import CONFIG, STRETCHED, TRAINED, same_tensors, save_checkpoint, wavy_llama, wavy_tensors
 
 

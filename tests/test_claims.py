@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from specattn_bench.endurance import HEADS, SIZES, SPEC, Pretended
-from specattn_codegen import cpu_info, pack
-from specattn_codegen.claims import DEVICES, SEARCHES, VISIBLE, Claims, own_device, visible_devices
 from specattn_codegen.errors import SpecError
-from specattn_codegen.shared_study import open_storage, storage_at, worker_name
-from specattn_codegen.tune import Method, tune
-from specattn_codegen.tune_session import Budget, Target, Task
+from specattn_codegen.packs import pack
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.tuning.claims import DEVICES, SEARCHES, VISIBLE, Claims, own_device, visible_devices
+from specattn_codegen.tuning.shared_study import open_storage, storage_at, worker_name
+from specattn_codegen.tuning.tune import Method, tune
+from specattn_codegen.tuning.tune_session import Budget, Target, Task
 from test_tune import Watcher
 
 FORK = multiprocessing.get_context("fork")
@@ -106,7 +107,7 @@ def test_a_worker_elsewhere_is_believed_for_a_while(tmp_path: Path, monkeypatch:
     storage = open_storage(f"journal:{tmp_path / 'studies.log'}")
     assert Claims(storage, DEVICES, "another-host:1:2").take_free(["a"]) == "a"
     assert Claims(storage, DEVICES, worker_name()).take_free(["a"]) is None
-    monkeypatch.setattr("specattn_codegen.shared_study.LOST_AFTER_S", 0.0)
+    monkeypatch.setattr("specattn_codegen.tuning.shared_study.LOST_AFTER_S", 0.0)
     assert Claims(storage, DEVICES, worker_name()).take_free(["a"]) == "a"
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from pack_cases import ARCH, HEADS, LARGE, SCORED, SELECT, SMALL, VERIFY, entry, publish
-from specattn_codegen import gpus, ladder, pack, pack_file, pack_merge, paths
+from specattn_codegen import paths
 from specattn_codegen.cli import pack as cli
 from specattn_codegen.environment import silicon
-from specattn_codegen.explain import neighbours
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import ChosenBy, Pack
+from specattn_codegen.packs import ladder, pack, pack_file, pack_merge
+from specattn_codegen.packs.explain import neighbours
+from specattn_codegen.packs.pack import ChosenBy, Pack
+from specattn_codegen.processors import gpus
 
 TINY = ("--q-len", "1", "--kv-len", "256")  # far from LARGE
 Run = Callable[..., tuple[int, str, str]]

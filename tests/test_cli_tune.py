@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import gpus, models, pack
+from specattn_codegen import models
 from specattn_codegen.cli import tune as cli
+from specattn_codegen.packs import pack
+from specattn_codegen.processors import gpus
 
 TINY = ("--heads", "8,2,32", "--gpu", "cpu")
 COMMAND = (sys.executable, "-c", "from specattn_codegen.cli.tune import main; main()")

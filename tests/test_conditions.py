@@ -10,11 +10,11 @@ from typing import cast
 
 import pytest
 
-from specattn_codegen import conditions, cpu_info, gpus
 from specattn_codegen.cli.progress import doubts
-from specattn_codegen.conditions import LOOK_EVERY_S, REASONS, Blind, Conditions, GpuWatch, driver, watch
-from specattn_codegen.measure import host_timer, time_interleaved
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.processors import conditions, cpu_info, gpus
+from specattn_codegen.processors.conditions import LOOK_EVERY_S, REASONS, Blind, Conditions, GpuWatch, driver, watch
+from specattn_codegen.tuning.measure import host_timer, time_interleaved
+from specattn_codegen.tuning.outcome import Outcome, Status
 
 DEVICE = object()
 H100 = gpus.find("h100")
@@ -148,7 +148,7 @@ def test_the_real_module_has_every_name_that_is_asked_for() -> None:
 
 PINNED = """
 import torch
-from specattn_codegen.conditions import pinned_cores
+from specattn_codegen.processors.conditions import pinned_cores
 torch.set_num_threads(2)
 torch.ones(1 << 22).sum()
 print(*pinned_cores())

@@ -8,8 +8,7 @@ import random
 
 import pytest
 
-from specattn_codegen import cost_model, gpus, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import cost_model, space
 from specattn_codegen.build import triton as triton_build
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import attention, floor, grid, occupancy, selection
@@ -18,6 +17,8 @@ from specattn_codegen.cost_model.hardware import LAUNCH_US, rates
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import OPS, KernelSpec, ScoreSpec, Workload
 from specattn_codegen.workloads import default_workloads, model_specs

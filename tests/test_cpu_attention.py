@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from cases import HEADS, RAGGED, SCORES, SMALL, kernel_for, run, verdict, verify_spec
-from specattn_codegen import cpu_info, paths, space
+from specattn_codegen import paths, space
 from specattn_codegen.build import cpu
-from specattn_codegen.check import check_attention
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan, Setting
-from specattn_codegen.problems import attention_problem
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.space import cpu as space_cpu
 from specattn_codegen.spec import FLOAT8, Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec

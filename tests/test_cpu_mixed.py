@@ -9,7 +9,7 @@ import torch
 
 from cases import RAGGED, run, verdict
 from specattn_codegen import HeadConfig, SpecError
-from specattn_codegen.problems import attention_problem
+from specattn_codegen.proof.problems import attention_problem
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
 from specattn_runtime import load_kernels

@@ -9,11 +9,12 @@ import pytest
 
 from specattn_bench import report, sweep_cases
 from specattn_bench.sweep_cases import CASES
-from specattn_codegen import cpu_info, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.build import target_for
 from specattn_codegen.cost_model import cpu, latency_us
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import Dtype, KernelSpec, Workload
 

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from cases import poisoned
 from select_cases import INFINITY, MASSES, NAN, SCORES, any_mass, any_score, call_of, rows_of, threshold, top_k, top_p
-from specattn_codegen import cpu_info, reference
 from specattn_codegen.build import cpu
-from specattn_codegen.check import check_selection
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import SelectCall
 from specattn_codegen.plan import Plan
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP
-from specattn_codegen.problems import random_scores
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_selection
+from specattn_codegen.proof.problems import random_scores
 from specattn_codegen.render import render
 from specattn_codegen.results import Selection
 from specattn_codegen.spec import KernelSpec

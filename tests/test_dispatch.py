@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from cases import poisoned
-from specattn_codegen import HeadConfig, ScoreSpec, SpecError, reference
+from specattn_codegen import HeadConfig, ScoreSpec, SpecError
 from specattn_codegen.calls import AttentionInputs
-from specattn_codegen.check import check_attention
 from specattn_codegen.policy import Policy
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec
 from specattn_runtime import Kernels, Threshold, TopK, TopP, load_kernels, torch_ops

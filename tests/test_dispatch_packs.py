@@ -10,15 +10,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from specattn_codegen import HeadConfig, ScoreSpec, SpecError, build, cpu_info, pack, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import HeadConfig, ScoreSpec, SpecError, build, space
 from specattn_codegen.build import target_for
 from specattn_codegen.environment import current
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.packs.staleness import space_digest
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.staleness import space_digest
 from specattn_runtime import Kernels, load_kernels
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)

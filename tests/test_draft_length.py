@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from specattn_codegen.results import SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_length import (
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_length import (
     RoundCosts,
     RoundTiming,
     acceptance_rate,
@@ -22,11 +22,11 @@ from specattn_runtime.draft_length import (
     expected_tokens,
     fit_costs,
 )
-from specattn_runtime.generation import RequestResult
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.session import open_session
+from specattn_runtime.decoding.generation import RequestResult
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.session import open_session
+from specattn_runtime.model.llama import Llama
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 SECONDS = st.floats(0.001, 1.0)

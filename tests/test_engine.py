@@ -12,19 +12,19 @@ from specattn_codegen import ScoreSpec, SpecError
 from specattn_codegen.buckets import bucket
 from specattn_codegen.policy import Policy
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
-from specattn_runtime.acceptance import accept_greedy
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_view import DraftView
-from specattn_runtime.engine import generate, warm_up
-from specattn_runtime.generation import RequestResult, first_difference
-from specattn_runtime.llama import Llama
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.round import Decoder
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Turn
+from specattn_runtime.cache.paged_cache import PagedCache
+from specattn_runtime.decoding.acceptance import accept_greedy
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_view import DraftView
+from specattn_runtime.decoding.engine import generate, warm_up
+from specattn_runtime.decoding.generation import RequestResult, first_difference
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.round import Decoder
+from specattn_runtime.decoding.stopwatch import Stopwatch
+from specattn_runtime.decoding.turn import Turn
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama import Llama
 from tiny_models import STRETCHED, TRAINED, one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 SPECULATIVE = [name for name, preset in PRESETS.items() if preset.drafts]

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specattn_codegen import buckets, gpus, ladder, pack, reference, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import buckets, space
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.check import check_attention
 from specattn_codegen.cli import export as cli
 from specattn_codegen.environment import current
 from specattn_codegen.errors import SpecError
@@ -23,9 +21,14 @@ from specattn_codegen.export.hugging_face import repository_files
 from specattn_codegen.export.package import Export, default_name, folder_files, write
 from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import ladder, pack
+from specattn_codegen.packs.pack import Entry
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Workload
 from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs

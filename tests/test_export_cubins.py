@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from specattn_codegen import gpus, ladder
 from specattn_codegen.build import tilelang
 from specattn_codegen.cli import export as cli
 from specattn_codegen.errors import BuildError, SpecError
 from specattn_codegen.export.cubins import compiled
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.packs import ladder
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")

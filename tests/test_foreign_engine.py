@@ -11,18 +11,18 @@ import torch
 
 from specattn_codegen import HeadConfig, SpecError, TopK
 from specattn_codegen.results import SparseOutput, VerifyOutput
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_view import DraftView
-from specattn_runtime.engine import generate
-from specattn_runtime.layouts import vllm_cache
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.round import Decoder
-from specattn_runtime.rows import Rows, ragged_rows
-from specattn_runtime.sampling import Sampling
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Emitted, Turn
+from specattn_runtime.cache.layouts import vllm_cache
+from specattn_runtime.cache.rows import Rows, ragged_rows
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_view import DraftView
+from specattn_runtime.decoding.engine import generate
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.round import Decoder
+from specattn_runtime.decoding.sampling import Sampling
+from specattn_runtime.decoding.stopwatch import Stopwatch
+from specattn_runtime.decoding.turn import Emitted, Turn
+from specattn_runtime.model.llama import Llama
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 BLOCK, BLOCKS, NEW_TOKENS = 4, 60, 12

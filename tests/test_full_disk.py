@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import pack, record
 from specattn_codegen.errors import BuildError, CacheError, SharingError, UnsavedError
-from specattn_codegen.outbox import Outbox, require_saved
-from specattn_codegen.outcome import Outcome
+from specattn_codegen.packs import pack
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import Search
-from specattn_codegen.shared_study import storage_at
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.outbox import Outbox, require_saved
+from specattn_codegen.tuning.outcome import Outcome
+from specattn_codegen.tuning.search import Search
+from specattn_codegen.tuning.shared_study import storage_at
+from specattn_codegen.tuning.worker import WorkerPool
 from test_cli_tune import start
 from test_shared_study import search_on
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from specattn_runtime.cli.generate import command, main
 from specattn_runtime.cli.report import live_table
 from specattn_runtime.cli.text_stream import TextStream
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.generation import Generation, RequestResult
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.session import open_session
-from specattn_runtime.tokens import ByteCodec
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.generation import Generation, RequestResult
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.session import open_session
+from specattn_runtime.model.tokens import ByteCodec
 from tiny_models import TRAINED, one_thread, save_checkpoint, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 PROMPT = "import os\n\n\ndef size_of(path):\n    return os."

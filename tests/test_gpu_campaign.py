@@ -22,14 +22,15 @@ from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.rounds import Round, Shape, drawn_llama
 from benchmarks.gpu.session import NOT_A_GPU, Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE, rehearsed
-from specattn_codegen import build, cpu_info, space
+from specattn_codegen import build, space
 from specattn_codegen.cost_model.calibration import Observation, fit, rank_correlation
 from specattn_codegen.errors import SpecError
-from specattn_codegen.jobs import render_for
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import timing_problem
-from specattn_codegen.prove import launch
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof.problems import timing_problem
+from specattn_codegen.proof.prove import launch
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning.jobs import render_for
 from specattn_runtime.dispatch import load_kernels
 
 COMMAND = (sys.executable, "-m", "benchmarks.gpu")

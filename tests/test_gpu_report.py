@@ -8,10 +8,12 @@ import pytest
 
 from benchmarks.gpu import journal, report, standing
 from benchmarks.gpu.journal import Journal
-from specattn_codegen import environment, gpus, pack, space
+from specattn_codegen import environment, space
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.workloads import REFERENCE_SCORES
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from specattn_codegen import gpu_detect, gpus
 from specattn_codegen.errors import SpecError
+from specattn_codegen.processors import gpu_detect, gpus
 
 EVERY = {"a100", "a10", "l4", "l40s", "rtx4090", "h100", "h100-pcie", "h200", "b200", "rtx5090", "mi300x", "mi325x"}
 
@@ -75,7 +75,7 @@ def test_unknown_names_get_the_nearest_ones() -> None:
 
 
 def test_the_registry_needs_no_torch() -> None:
-    code = "import sys, specattn_codegen.gpus; sys.exit('torch' in sys.modules or 'pynvml' in sys.modules)"
+    code = "import sys, specattn_codegen.processors.gpus; sys.exit('torch' in sys.modules or 'pynvml' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

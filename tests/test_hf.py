@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from specattn_codegen.errors import SpecError
+from specattn_runtime.decoding.presets import PRESETS
 from specattn_runtime.hf import speculative
-from specattn_runtime.presets import PRESETS
 from tiny_models import TRAINED, one_thread
 
 __all__ = ["one_thread"]

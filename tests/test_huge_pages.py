@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specattn_codegen import huge_pages
 from specattn_codegen.heads import HeadConfig
-from specattn_runtime.paged_cache import PagedCache
+from specattn_codegen.processors import huge_pages
+from specattn_runtime.cache.paged_cache import PagedCache
 
 SMAPS = Path("/proc/self/smaps")
 

@@ -7,13 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import gpus, jobs, space
+from specattn_codegen import space
 from specattn_codegen.build import triton as triton_build
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import InterpretJob, failed_launch, interpreted_twin, render_for
-from specattn_codegen.outcome import POISONED, Status
-from specattn_codegen.prove import attention_problems
+from specattn_codegen.processors import gpus
+from specattn_codegen.proof.prove import attention_problems
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning import jobs
+from specattn_codegen.tuning.jobs import InterpretJob, failed_launch, interpreted_twin, render_for
+from specattn_codegen.tuning.outcome import POISONED, Status
 
 ARCH = gpus.find("a100")
 WORKLOAD = Workload(batch=16, q_len=7, kv_len=32768)

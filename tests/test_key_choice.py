@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from specattn_codegen import HeadConfig, TopK
-from specattn_codegen.reference import select_kv
+from specattn_codegen.proof.reference import select_kv
 from specattn_codegen.results import Selection, SparseOutput
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.key_choice import at_random, force_recents, look_ahead, newest_first, select_by_policy
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.session import open_session
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.key_choice import at_random, force_recents, look_ahead, newest_first, select_by_policy
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.session import open_session
+from specattn_runtime.model.llama import Llama
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 KERNELS = ReferenceKernels(HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=4))

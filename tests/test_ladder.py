@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pack_cases import ARCH, HEADS, LARGE, SCORED, SELECT, SMALL, VERIFY, entry, publish
-from specattn_codegen import buckets, gpus, ladder, pack, pack_file, space
+from specattn_codegen import buckets, space
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.environment import silicon
-from specattn_codegen.ladder import Ladder
-from specattn_codegen.pack import Entry, Pack
+from specattn_codegen.packs import ladder, pack, pack_file
+from specattn_codegen.packs.ladder import Ladder
+from specattn_codegen.packs.pack import Entry, Pack
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import Workload
 
 

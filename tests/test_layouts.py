@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from cases import SMALL, kernel_for, run, verify_spec
 from specattn_codegen import HeadConfig, SpecError
 from specattn_codegen.build.cpu import CpuKernel
-from specattn_codegen.check import check_attention
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.spec import ScoreSpec
-from specattn_runtime.layouts import (
+from specattn_runtime.cache.layouts import (
     CacheView,
     PageTable,
     flashinfer_cache,
@@ -25,7 +25,7 @@ from specattn_runtime.layouts import (
     sglang_page_table,
     vllm_cache,
 )
-from specattn_runtime.paged_cache import PagedCache
+from specattn_runtime.cache.paged_cache import PagedCache
 
 PAGE = 16
 

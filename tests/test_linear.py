@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_runtime.linear import Linear, PackedLinear, linear
+from specattn_runtime.model.linear import Linear, PackedLinear, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from specattn_codegen import ScoreSpec
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.llama import Attention, Llama
-from specattn_runtime.paged_cache import PagedCache, Rows
-from specattn_runtime.phases import Prefill, Verify
-from specattn_runtime.reference_kernels import ReferenceKernels
+from specattn_runtime.cache.paged_cache import PagedCache, Rows
+from specattn_runtime.decoding.phases import Prefill, Verify
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama import Attention, Llama
 from tiny_models import CONFIG, STRETCHED, TRAINED, one_thread, save_checkpoint  # noqa: F401 - a fixture that applies by being here
 
 PROMPT = (

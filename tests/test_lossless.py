@@ -12,19 +12,19 @@ import torch
 from specattn_codegen.policy import Policy
 from specattn_codegen.results import Selection, SparseOutput
 from specattn_runtime import load_kernels
-from specattn_runtime.acceptance import Accepted
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.decoding.acceptance import Accepted
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.engine import generate
+from specattn_runtime.decoding.generation import Difference, Generation, RequestResult, first_difference
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.sampling import Sampling, token_probabilities
+from specattn_runtime.decoding.session import open_session
+from specattn_runtime.decoding.turn import Turn
 from specattn_runtime.dispatch import Kernels
-from specattn_runtime.engine import generate
-from specattn_runtime.generation import Difference, Generation, RequestResult, first_difference
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.sampling import Sampling, token_probabilities
-from specattn_runtime.session import open_session
-from specattn_runtime.turn import Turn
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama import Llama
 from tiny_models import CONFIG, TRAINED, one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 VOCAB, NEW_TOKENS, REQUESTS = 4, 4, 1500
@@ -150,7 +150,7 @@ def test_the_test_can_tell(small: Llama, kernels: Kernels, monkeypatch: pytest.M
         return Accepted(draft_lens, targets[torch.arange(len(drafts)), draft_lens].argmax(dim=1))
 
     law = exact_law(small, Sampling(temperature=1.0))
-    monkeypatch.setattr("specattn_runtime.round.accept_sampled", accept_all)
+    monkeypatch.setattr("specattn_runtime.decoding.round.accept_sampled", accept_all)
     counts = sampled_texts(small, WrongDrafts(kernels), decode_spec("vegas", sampling=Sampling(temperature=1.0)))
     assert p_value(counts, law) < SIGNIFICANCE
 

@@ -7,16 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import build, cpu_info, measure, reference, space
+from specattn_codegen import build, space
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Call
-from specattn_codegen.measure import Launch
-from specattn_codegen.outcome import Timing
-from specattn_codegen.problems import timing_problem, workload_problem
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import timing_problem, workload_problem
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning import measure
+from specattn_codegen.tuning.measure import Launch
+from specattn_codegen.tuning.outcome import Timing
 
 HEADS = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=16)
 VERIFY = KernelSpec(op="verify_attention", heads=HEADS)

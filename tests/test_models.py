@@ -11,11 +11,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from specattn_codegen import model_config, model_refusals, models
+from specattn_codegen import models
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
-from specattn_codegen.model_defaults import DEFAULTS
-from specattn_codegen.model_registry import ROWS
+from specattn_codegen.models import model_config, model_refusals
+from specattn_codegen.models.model_defaults import DEFAULTS
+from specattn_codegen.models.model_registry import ROWS
 
 FAMILIES = (
     "deepseek-r1-distill",

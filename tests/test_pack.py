@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pack_cases import ARCH, HEADS, LARGE, SCORED, SELECT, SMALL, VERIFY, entry, publish
-from specattn_codegen import ladder, pack, pack_file, paths, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import paths, space
 from specattn_codegen.environment import silicon
 from specattn_codegen.errors import PackError
-from specattn_codegen.pack import ChosenBy, Pack
+from specattn_codegen.packs import ladder, pack, pack_file
+from specattn_codegen.packs.pack import ChosenBy, Pack
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import Workload
 
 

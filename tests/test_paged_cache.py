@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_codegen import HeadConfig, SpecError
-from specattn_runtime.paged_cache import PagedCache
+from specattn_runtime.cache.paged_cache import PagedCache
 
 HEADS = HeadConfig(num_q_heads=4, num_kv_heads=2, head_dim=3)
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specattn_codegen import reference
 from specattn_codegen.errors import SpecError
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP, selection_width
+from specattn_codegen.proof import reference
 
 
 @settings(deadline=None)

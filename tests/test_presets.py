@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from specattn_codegen import ScoreSpec, SpecError, TopK
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.presets import PRESETS, preset_named
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.presets import PRESETS, preset_named
 
 
 def test_the_published_scores() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.build.program import function_program, whole_program
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import render_for
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec
+from specattn_codegen.tuning.jobs import render_for
 
 TEXT = '''"""A file."""
 import triton.language as tl

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from specattn_codegen import build, cpu_info, prove, space
+from specattn_codegen import build, space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall, Call, Kernel, SelectCall
 from specattn_codegen.plan import Plan
 from specattn_codegen.policy import Threshold, TopP
-from specattn_codegen.prove import Extent
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import prove
+from specattn_codegen.proof.prove import Extent
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import gpus, record, space
+from specattn_codegen import space
 from specattn_codegen.build.resources import Resources
-from specattn_codegen.conditions import Conditions
 from specattn_codegen.environment import current, silicon
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.record import Record
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.conditions import Conditions
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Record
 
 ARCH = gpus.find("h100")
 SPEC = KernelSpec(

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from specattn_codegen import reference
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 

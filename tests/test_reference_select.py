@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specattn_codegen import reference
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP
+from specattn_codegen.proof import reference
 
 NAN, INFINITY = math.nan, math.inf
 

@@ -11,16 +11,16 @@ import torch
 from specattn_codegen.policy import TopK
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.engine import generate
-from specattn_runtime.llama import Llama
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.references import row_references
-from specattn_runtime.round import Decoder
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Turn
+from specattn_runtime.cache.paged_cache import PagedCache
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.engine import generate
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.references import row_references
+from specattn_runtime.decoding.round import Decoder
+from specattn_runtime.decoding.stopwatch import Stopwatch
+from specattn_runtime.decoding.turn import Turn
+from specattn_runtime.model.llama import Llama
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 NAN = math.nan

@@ -11,18 +11,20 @@ import pytest
 
 from specattn_bench import endurance
 from specattn_bench.endurance import pretended
-from specattn_codegen import cpu_info, environment, record, space
+from specattn_codegen import environment, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import DIED, HUNG, POISONED, Outcome, Status
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
-from specattn_codegen.search import SAMPLERS, Sampler, Search, Strategy, space_of
+from specattn_codegen.processors import cpu_info
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import OFFENCES, Budget, Logbook, Target, Task, measure_trial
-from specattn_codegen.workforce import Replay
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.outcome import DIED, HUNG, POISONED, Outcome, Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.search import SAMPLERS, Sampler, Search, Strategy, space_of
+from specattn_codegen.tuning.tune_measured import tune_measured
+from specattn_codegen.tuning.tune_session import OFFENCES, Budget, Logbook, Target, Task, measure_trial
+from specattn_codegen.tuning.workforce import Replay
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SPEC = KernelSpec(op="sparse_attention", heads=HEADS, selection="kv_head")

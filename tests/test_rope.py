@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specattn_codegen import SpecError
-from specattn_runtime.rope import Rope, rotate
+from specattn_runtime.model.rope import Rope, rotate
 
 TOLERANCE = 4e-7  # a few float32 roundings
 

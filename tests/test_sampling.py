@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_codegen import SpecError
-from specattn_runtime.sampling import GREEDY, Sampling, draw, token_probabilities
+from specattn_runtime.decoding.sampling import GREEDY, Sampling, draw, token_probabilities
 
 
 def by_hand(logits: list[float], sampling: Sampling) -> list[float]:

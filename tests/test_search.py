@@ -9,12 +9,23 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from specattn_codegen import gpus, shared_study, space
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import FEW_BEST, PENALTY_RATIO, TURNS, Sampler, Search, Strategy, neighbours, space_of
-from specattn_codegen.shared_study import Share, open_storage
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, ScoreSpec
+from specattn_codegen.tuning import shared_study
+from specattn_codegen.tuning.search import (
+    FEW_BEST,
+    PENALTY_RATIO,
+    TURNS,
+    Sampler,
+    Search,
+    Strategy,
+    neighbours,
+    space_of,
+)
+from specattn_codegen.tuning.shared_study import Share, open_storage
 
 ARCH = gpus.find("h100")
 HEADS = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)

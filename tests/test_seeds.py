@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from pack_cases import ARCH, SCORED, SMALL, VERIFY, entry, publish
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.plan import Plan
-from specattn_codegen.seeds import AS_GOOD, KIN_SEEDS, MODELLED_SEEDS, model_seeds, modelled_seeds, seeds_for
-from specattn_codegen.shortlist import guessed_us
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import Workload
-from specattn_codegen.tune_session import Target, Task
+from specattn_codegen.tuning.seeds import AS_GOOD, KIN_SEEDS, MODELLED_SEEDS, model_seeds, modelled_seeds, seeds_for
+from specattn_codegen.tuning.shortlist import guessed_us
+from specattn_codegen.tuning.tune_session import Target, Task
 from specattn_codegen.workloads import default_workloads
 
 TARGET = Target(arch=ARCH, backend="triton", is_present=True, page_size=16)

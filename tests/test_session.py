@@ -12,14 +12,14 @@ import torch
 from specattn_codegen import SpecError
 from specattn_codegen.results import SparseOutput
 from specattn_runtime import load_kernels
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.engine import generate
-from specattn_runtime.generation import RequestResult
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.sampling import Sampling
-from specattn_runtime.session import Session, open_session
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.engine import generate
+from specattn_runtime.decoding.generation import RequestResult
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.sampling import Sampling
+from specattn_runtime.decoding.session import Session, open_session
+from specattn_runtime.model.llama import Llama
 from tiny_models import one_thread, wavy_llama  # noqa: F401 - a fixture that applies by being here
 
 

@@ -18,13 +18,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from specattn_codegen import cpu_info
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import Search, Strategy, space_of
-from specattn_codegen.shared_study import Share, open_storage, reap, storage_at, worker_name
+from specattn_codegen.processors import cpu_info
 from specattn_codegen.spec import KernelSpec
+from specattn_codegen.tuning.search import Search, Strategy, space_of
+from specattn_codegen.tuning.shared_study import Share, open_storage, reap, storage_at, worker_name
 
 SPEC = KernelSpec(
     op="sparse_attention", heads=HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32), selection="layer"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import models, pack, paths, space
+from specattn_codegen import models, paths, space
 from specattn_codegen.build import target_for
 from specattn_codegen.cli.tune_all_models import heads_by_use
 from specattn_codegen.environment import silicon
-from specattn_codegen.pack import Entry, Pack
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry, Pack
+from specattn_codegen.packs.staleness import space_digest
+from specattn_codegen.processors.silicon import arch_of
 from specattn_codegen.render import render
-from specattn_codegen.silicon import arch_of
-from specattn_codegen.staleness import space_digest
 from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
 
 SHIPPED = sorted(paths.shipped_packs_dir().rglob("*.json"))

@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 
-from specattn_codegen import cpu_info, gpus, space
+from specattn_codegen import space
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.shortlist import LEAST_DIFFERENCES, Shortlisted, ranked, shortlist
+from specattn_codegen.processors import cpu_info, gpus
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tuning.shortlist import LEAST_DIFFERENCES, Shortlisted, ranked, shortlist
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=64)
 SPARSE = KernelSpec(op="sparse_attention", heads=HEADS, dtype="bfloat16", page_size=16, selection="kv_head")

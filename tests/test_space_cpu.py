@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import cpu_info, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import DTYPES, KernelSpec, ScoreSpec
 

@@ -8,10 +8,11 @@ import itertools
 import pytest
 
 from cases import HEADS
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Setting
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import DTYPES, FLOAT8, Dtype, KernelSpec, ScoreSpec
 
 LLAMA = HEADS[32, 8, 128]

@@ -34,11 +34,11 @@ import torch
 
 import cases
 import triton_cases
-from specattn_codegen import reference
-from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads
 

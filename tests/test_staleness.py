@@ -8,8 +8,8 @@ import json
 import pytest
 
 from pack_cases import ARCH, SCORED, SELECT, VERIFY, entry
-from specattn_codegen.pack import Entry
-from specattn_codegen.staleness import grade, space_digest, why_unusable
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.packs.staleness import grade, space_digest, why_unusable
 
 
 def compiled_by(compiler: str) -> Entry:

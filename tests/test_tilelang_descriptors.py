@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.build.cubin import TensorMap, described
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Plan
-from specattn_codegen.problems import attention_problem
+from specattn_codegen.processors import gpus
+from specattn_codegen.proof.problems import attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.spec import ScoreSpec
 

@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import build, gpu_detect, space
+from specattn_codegen import build, space
 from specattn_codegen.errors import BuildError
 from specattn_codegen.plan import Plan
-from specattn_codegen.prove import ON_DEVICE, prove
+from specattn_codegen.processors import gpu_detect
+from specattn_codegen.proof.prove import ON_DEVICE, prove
 from specattn_codegen.render import render
 from specattn_codegen.space.triton import score_methods
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload

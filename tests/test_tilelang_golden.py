@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Setting
+from specattn_codegen.processors import gpus
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 

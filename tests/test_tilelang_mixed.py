@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.spec import KernelSpec, ScoreHeads, ScoreSpec
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")

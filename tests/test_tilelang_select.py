@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from select_cases import MASSES, NAN, SCORES, any_mass, any_score, call_of, rows_of, threshold, top_k, top_p
-from specattn_codegen import reference
-from specattn_codegen.check import check_selection
 from specattn_codegen.kernel import SelectCall
 from specattn_codegen.policy import Policy, Threshold, TopK, TopP
-from specattn_codegen.problems import random_scores
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_selection
+from specattn_codegen.proof.problems import random_scores
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from specattn_codegen import gpus, ladder, pack, record, space
+from specattn_codegen import space
 from specattn_codegen.cli.progress import PLAIN_WIDTH, closing_table, microseconds
 from specattn_codegen.cli.rivals import find_rivals, rivals_table
 from specattn_codegen.cost_model import predict
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.packs import ladder, pack
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune import plan_tasks, tune
-from specattn_codegen.tune_session import Budget, Target
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.tune import plan_tasks, tune
+from specattn_codegen.tuning.tune_session import Budget, Target
 from test_tune import Watcher
 
 pytest.importorskip("tilelang", reason="TileLang is not installed")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import check_attention
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Setting
-from specattn_codegen.problems import TORCH_DTYPES, Layout, attention_problem
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import TORCH_DTYPES, Layout, attention_problem
 from specattn_codegen.render import render
 from specattn_codegen.spec import FLOAT8, KvDtype, ScoreSpec
 

@@ -14,7 +14,7 @@ from specattn_bench.acceptance import BUDGETS, CONTEXTS, DRAFT_LENS
 from specattn_bench.acceptance_study import EVERYTHING, FORCED, GENERATED, MODES, SERIES
 from specattn_bench.acceptance_texts import SETS
 from specattn_bench.corpus import library, names_in
-from specattn_runtime.checkpoint import load_llama
+from specattn_runtime.model.checkpoint import load_llama
 
 ASSETS = Path(__file__).parent / "assets"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "acceptance"

@@ -17,8 +17,8 @@ from benchmarks.training.run import Asked
 from benchmarks.training.schedule import Stage
 from specattn_bench.corpus import Corpus
 from specattn_codegen.errors import SpecError
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.llama_config import parse_config
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama_config import parse_config
 from tiny_models import one_thread  # noqa: F401 - a fixture that applies by being here
 
 STAGES = (Stage(start=0.0, length=48, sequences=4), Stage(start=0.7, length=96, sequences=2))

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cases import HEADS
-from specattn_codegen.check import check_attention
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import Layout, attention_problem
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import Layout, attention_problem
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreHeads, ScoreSpec
 from triton_cases import SMALL, attention_kernel, call_of, run, sparse_spec, verdict, verify_spec
 

@@ -18,7 +18,7 @@ from specattn_codegen.errors import BuildError
 from specattn_codegen.kernel import SelectCall
 from specattn_codegen.plan import Plan, Setting
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import attention_problem
+from specattn_codegen.proof.problems import attention_problem
 from specattn_codegen.render import Source, render
 from specattn_codegen.space.triton import merges_last
 from specattn_codegen.spec import KernelSpec, ScoreSpec

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import compile_matrix
-from specattn_codegen import gpus, space
+from specattn_codegen import space
 from specattn_codegen.build import cross_compile
 from specattn_codegen.build.disassemble import amdgcn_usage
 from specattn_codegen.errors import BuildError
+from specattn_codegen.processors import gpus
 from specattn_codegen.render import render
 from specattn_codegen.space.triton import merges_last
 

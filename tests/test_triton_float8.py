@@ -10,7 +10,7 @@ import torch
 
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
-from specattn_codegen.problems import TORCH_DTYPES, Layout, attention_problem
+from specattn_codegen.proof.problems import TORCH_DTYPES, Layout, attention_problem
 from specattn_codegen.spec import FLOAT8, KvDtype, ScoreSpec
 from triton_cases import DEVICE, SMALL, attention_kernel, run, sparse_spec, verdict, verify_spec
 

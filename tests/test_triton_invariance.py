@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import gpus, space
-from specattn_codegen.check import check_attention
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Setting
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.processors import gpus
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 from triton_cases import SMALL, attention_kernel, run, sparse_spec, verify_spec
 

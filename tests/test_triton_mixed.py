@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_codegen import HeadConfig, gpus, space
-from specattn_codegen.check import check_attention
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen import HeadConfig, space
+from specattn_codegen.processors import gpus
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec
 from triton_cases import SMALL, attention_kernel, call_of, run, verdict
 

@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 import torch
 
-from specattn_codegen.check import check_attention
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof.check import check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.space.triton import score_methods
 from specattn_codegen.spec import KernelSpec, ScoreGranularity, ScoreHeads, ScoreRows, ScoreSpec
 from triton_cases import SMALL, attention_kernel, call_of, run, verdict, verify_spec

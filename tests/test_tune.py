@@ -11,24 +11,27 @@ from pathlib import Path
 import pytest
 
 from imagined import Imagined
-from specattn_codegen import cpu_info, environment, gpus, ladder, pack, record, space, tune_modelled
+from specattn_codegen import environment, space
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.floor import floor_us
 from specattn_codegen.errors import BuildError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import policy, summary
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import ladder, pack
+from specattn_codegen.packs.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
-from specattn_codegen.seeds import model_seeds
-from specattn_codegen.shortlist import guessed_us
+from specattn_codegen.processors import cpu_info, gpus
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
-from specattn_codegen.tune import Method, plan_tasks, tune
-from specattn_codegen.tune_measured import winner
-from specattn_codegen.tune_session import Budget, Logbook, Target, Task, Trial, require_default
-from specattn_codegen.workforce import Replay
+from specattn_codegen.tuning import record, tune_modelled
+from specattn_codegen.tuning.measure import policy, summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.seeds import model_seeds
+from specattn_codegen.tuning.shortlist import guessed_us
+from specattn_codegen.tuning.tune import Method, plan_tasks, tune
+from specattn_codegen.tuning.tune_measured import winner
+from specattn_codegen.tuning.tune_session import Budget, Logbook, Target, Task, Trial, require_default
+from specattn_codegen.tuning.workforce import Replay
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 SELECT = KernelSpec(op="select_kv", heads=HEADS, selection="kv_head")

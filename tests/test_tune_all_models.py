@@ -14,17 +14,20 @@ from pathlib import Path
 import pytest
 
 from imagined import Imagined, imagined_fit
-from specattn_codegen import cpu_info, gpus, model_fit, models, pack, space
+from specattn_codegen import models, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.cli import tune_all_models
 from specattn_codegen.environment import fit_digest
 from specattn_codegen.heads import HeadConfig, layer_heads
-from specattn_codegen.jobs import MeasureJob
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.record import Stage
+from specattn_codegen.packs import pack
+from specattn_codegen.processors import cpu_info, gpus
 from specattn_codegen.spec import Workload
-from specattn_codegen.workforce import TuningJob
+from specattn_codegen.tuning import model_fit
+from specattn_codegen.tuning.jobs import MeasureJob
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Stage
+from specattn_codegen.tuning.workforce import TuningJob
 
 MODEL = "phi3-mini-4k"  # one kind of layer, with a window, hence one search
 (HEADS,) = layer_heads(MODEL).values()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from specattn_codegen import gpus, space
-from specattn_codegen.by_backend import ByBackend
+from specattn_codegen import space
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Backend
-from specattn_codegen.search import Search, Strategy, space_of
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec
-from specattn_codegen.tune_session import Target
+from specattn_codegen.tuning.by_backend import ByBackend
+from specattn_codegen.tuning.search import Search, Strategy, space_of
+from specattn_codegen.tuning.tune_session import Target
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 VERIFY = KernelSpec(op="verify_attention", heads=HEADS, dtype="bfloat16", page_size=16)

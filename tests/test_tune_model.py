@@ -10,20 +10,23 @@ from pathlib import Path
 import pytest
 
 from imagined import imagined_fit
-from specattn_codegen import environment, gpus, model_fit, pack_file, record, space
+from specattn_codegen import environment, space
 from specattn_codegen.cli import tune as cli
 from specattn_codegen.cli.progress import microseconds
 from specattn_codegen.cost_model import guess_resources, latency_us, predict
 from specattn_codegen.cost_model.calibration import terms_by_limit
 from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.packs import pack_file
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
-from specattn_codegen.shortlist import ranked
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_session import Logbook, Target, compile_trial, measure_trial
+from specattn_codegen.tuning import model_fit, record
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.shortlist import ranked
+from specattn_codegen.tuning.tune_session import Logbook, Target, compile_trial, measure_trial
 from specattn_codegen.workloads import default_workloads
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=64)

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from specattn_codegen import cpu_info, environment, space
+from specattn_codegen import environment, space
 from specattn_codegen.cli.progress import TuningProgress, short_plan
 from specattn_codegen.cli.tune_report import write_report
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.search import Search, Strategy, space_of
+from specattn_codegen.processors import cpu_info
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import Budget, Logbook, Target, Task, measure_trial
-from specattn_codegen.workforce import Replay
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.search import Search, Strategy, space_of
+from specattn_codegen.tuning.tune_measured import tune_measured
+from specattn_codegen.tuning.tune_session import Budget, Logbook, Target, Task, measure_trial
+from specattn_codegen.tuning.workforce import Replay
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=32)
 TASKS = (

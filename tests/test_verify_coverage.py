@@ -14,7 +14,7 @@ import pytest
 
 from cases import kernel_for, verdict
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import Layout, attention_problem
+from specattn_codegen.proof.problems import Layout, attention_problem
 from specattn_codegen.spec import DTYPES, FLOAT8, KernelSpec, ScoreGranularity, ScoreHeads, ScoreRows, ScoreSpec
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)

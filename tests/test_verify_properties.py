@@ -49,14 +49,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import HEADS, SCORES, SMALL, kernel_for, run, verdict, verify_spec
-from specattn_codegen import cpu_info, reference, space
+from specattn_codegen import space
 from specattn_codegen.calls import AttentionInputs, attention_call, problem_call
-from specattn_codegen.check import check_attention, expect_attention, tolerance
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Setting
-from specattn_codegen.problems import AttentionProblem, Layout, attention_problem
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof import reference
+from specattn_codegen.proof.check import check_attention, expect_attention, tolerance
+from specattn_codegen.proof.problems import AttentionProblem, Layout, attention_problem
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, KvDtype, ScoreRows, ScoreSpec
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from specattn_codegen.errors import BuildError, SpecError
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.worker import WorkerError, WorkerPool
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.worker import WorkerError, WorkerPool
 
 
 @dataclass(frozen=True)

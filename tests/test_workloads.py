@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from specattn_codegen import gpus
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import TopK
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import OPS
 from specattn_codegen.workloads import default_workloads, model_specs
 

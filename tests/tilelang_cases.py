@@ -9,11 +9,11 @@ import torch
 from specattn_codegen.build import tilelang_twin
 from specattn_codegen.build.tilelang import AttentionKernel, SelectKernel
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import Verdict, check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Plan, Setting
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.proof.check import Verdict, check_attention
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.render import render
 from specattn_codegen.space.triton import score_methods
 from specattn_codegen.spec import KernelSpec, ScoreHeads, ScoreSpec

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specattn_runtime.checkpoint import build_llama, expected_shapes
-from specattn_runtime.llama import Llama
-from specattn_runtime.llama_config import LlamaConfig, parse_config
+from specattn_runtime.model.checkpoint import build_llama, expected_shapes
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.llama_config import LlamaConfig, parse_config
 
 TRAINED = Path(__file__).parent / "assets" / "tiny-bytes-llama"
 

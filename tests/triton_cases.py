@@ -8,11 +8,11 @@ import torch
 
 from specattn_codegen.build import triton
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import Verdict, check_attention
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
 from specattn_codegen.plan import Plan, Setting
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.proof.check import Verdict, check_attention
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.render import render
 from specattn_codegen.space.triton import merges_last, score_methods
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, ScoreHeads, ScoreSpec

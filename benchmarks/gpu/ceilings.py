@@ -16,7 +16,7 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from specattn_codegen import environment
 from specattn_codegen.digest import to_plain
-from specattn_codegen.measure import Launch
+from specattn_codegen.tuning.measure import Launch
 
 PACKAGES = ("torch", "triton", "numpy", "jinja2", "msgspec", "platformdirs", "filelock", "flashinfer", "tilelang")
 PROGRAMS = ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu", "cuobjdump")

@@ -16,7 +16,7 @@ from benchmarks.gpu import ceilings, correctness, end_to_end, graphs, journal, m
 from benchmarks.gpu.campaign import POISONED, REFUSED, TIME_SHORT
 from benchmarks.gpu.session import Session, Step, Steps
 from specattn_codegen.errors import SpecAttnError
-from specattn_codegen.worker import die_with_parent
+from specattn_codegen.tuning.worker import die_with_parent
 
 STAGES: Mapping[str, Callable[[Session], Steps]] = {  # by priority
     "ceilings": ceilings.steps,

@@ -15,17 +15,19 @@ from benchmarks.gpu import CHECKOUT
 from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
-from specattn_codegen import cpu_info, gpus, ladder, paths
-from specattn_codegen.arch import Arch
+from specattn_codegen import paths
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import InterpretJob, ProveJob
-from specattn_codegen.outcome import Status
+from specattn_codegen.packs import ladder
 from specattn_codegen.plan import Backend, Plan
-from specattn_codegen.shortlist import shortlist
+from specattn_codegen.processors import cpu_info, gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space import backends_for, why_invalid
 from specattn_codegen.spec import Dtype, KernelSpec, ScoreSpec, Workload
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.tuning.jobs import InterpretJob, ProveJob
+from specattn_codegen.tuning.outcome import Status
+from specattn_codegen.tuning.shortlist import shortlist
+from specattn_codegen.tuning.worker import WorkerPool
 from specattn_codegen.workloads import DRAFT_LEN, REFERENCE_SCORES, TUNED_OPS, model_specs
 
 Proof = ProveJob | InterpretJob

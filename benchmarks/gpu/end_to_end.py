@@ -11,11 +11,11 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.rounds import EMITTED, Round, Shape, drawn_llama
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
-from specattn_codegen.outcome import Timing
 from specattn_codegen.spec import ScoreSpec
+from specattn_codegen.tuning.outcome import Timing
 from specattn_codegen.workloads import DRAFT_LEN
 from specattn_runtime.dispatch import load_kernels
-from specattn_runtime.llama import Llama
+from specattn_runtime.model.llama import Llama
 
 MEMORY_SHARE = 0.7  # of what is free once the weights are there, for caches and scores
 

@@ -10,7 +10,7 @@ import torch
 
 from specattn_bench.timing import Launch
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.spec import Workload
 
 SCRATCH_BYTES = 256 << 20  # what its wrappers ask for

@@ -10,8 +10,8 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.rounds import Round, Shape, drawn_llama
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
-from specattn_codegen.measure import Launch
 from specattn_codegen.spec import ScoreSpec
+from specattn_codegen.tuning.measure import Launch
 from specattn_codegen.workloads import DRAFT_LEN
 from specattn_runtime.dispatch import load_kernels
 

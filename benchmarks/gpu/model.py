@@ -11,7 +11,7 @@ from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE
 from benchmarks.gpu.tuning import TRIALS
-from specattn_codegen import gpus, record, space
+from specattn_codegen import space
 from specattn_codegen.cost_model import guess_resources, predict
 from specattn_codegen.cost_model.calibration import (
     LEAST_PLANS,
@@ -24,8 +24,10 @@ from specattn_codegen.cost_model.calibration import (
 )
 from specattn_codegen.digest import digest
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.outcome import Status
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.outcome import Status
 from specattn_codegen.workloads import REFERENCE_SCORES
 
 MADE_UP_EVERY = 97  # of the feasible plans

@@ -27,12 +27,12 @@ from specattn_codegen import build
 from specattn_codegen.calls import problem_call, select_call
 from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import render_for
 from specattn_codegen.kernel import AttentionCall, Kernel
-from specattn_codegen.measure import rotated
 from specattn_codegen.policy import TopK
-from specattn_codegen.problems import AttentionProblem, timing_problem
+from specattn_codegen.proof.problems import AttentionProblem, timing_problem
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning.jobs import render_for
+from specattn_codegen.tuning.measure import rotated
 from specattn_codegen.workloads import DRAFT_LEN, PILLAR_SCORES, REFERENCE_SCORES, VEGAS_SCORES, select_spec
 
 Dense = Callable[[DenseInputs], Launch]  # a peer that reads contiguous caches, made outside the timing

@@ -28,10 +28,11 @@ from benchmarks.gpu.standing import (
 from specattn_bench import plots
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.plots import Bars, Point
-from specattn_codegen import gpus, pack
 from specattn_codegen.errors import PackError, SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.processors import gpus
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 PACKS = CHECKOUT / "tuned_configs"

@@ -18,12 +18,12 @@ from specattn_codegen.policy import TopK
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
 from specattn_codegen.workloads import BUDGET
-from specattn_runtime.acceptance import accept_greedy
+from specattn_runtime.decoding.acceptance import accept_greedy
 from specattn_runtime.dispatch import Kernels
-from specattn_runtime.linear import Linear
-from specattn_runtime.llama import Layer, Llama
-from specattn_runtime.llama_config import LlamaConfig
-from specattn_runtime.rope import Rope
+from specattn_runtime.model.linear import Linear
+from specattn_runtime.model.llama import Layer, Llama
+from specattn_runtime.model.llama_config import LlamaConfig
+from specattn_runtime.model.rope import Rope
 
 EMITTED = 2  # rounds' worth of slots past the prefix, so that a round may begin anywhere in the first
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 
 from benchmarks.gpu import sizes
 from benchmarks.gpu.sizes import PAGE_SIZE
-from specattn_codegen import build, cpu_info, gpu_detect, space
+from specattn_codegen import build, space
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import render_for
-from specattn_codegen.measure import device_of
-from specattn_codegen.prove import Extent, prove
+from specattn_codegen.processors import cpu_info, gpu_detect
+from specattn_codegen.proof.prove import Extent, prove
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning.jobs import render_for
+from specattn_codegen.tuning.measure import device_of
 from specattn_codegen.workloads import select_spec
 
 HEADS = HeadConfig(num_q_heads=8, num_kv_heads=2, head_dim=64)  # few, as the tools slow a kernel down hundredfold

@@ -12,13 +12,14 @@ import torch
 from benchmarks.gpu import sizes
 from benchmarks.gpu.journal import Answer, Journal
 from benchmarks.gpu.sizes import PAGE_SIZE, Sizes
-from specattn_codegen import cpu_info, gpu_detect, measure
-from specattn_codegen.arch import Arch
-from specattn_codegen.measure import Launch, Timer, device_of
-from specattn_codegen.outcome import Timing
 from specattn_codegen.plan import Backend
+from specattn_codegen.processors import cpu_info, gpu_detect
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space import backends_for
-from specattn_codegen.tune_session import Target
+from specattn_codegen.tuning import measure
+from specattn_codegen.tuning.measure import Launch, Timer, device_of
+from specattn_codegen.tuning.outcome import Timing
+from specattn_codegen.tuning.tune_session import Target
 
 NOT_A_GPU = "a rehearsal on a CPU: no time here is a GPU's"
 

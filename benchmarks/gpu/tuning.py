@@ -11,20 +11,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.gpu.journal import Answer
 from benchmarks.gpu.session import Session, Step, Steps
 from benchmarks.gpu.sizes import PAGE_SIZE, budget
-from specattn_codegen import cpu_info, pack
-from specattn_codegen.arch import Arch
 from specattn_codegen.digest import to_plain
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import CompileJob, ProveJob
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
-from specattn_codegen.shortlist import Shortlisted, shortlist
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, ScoreHeads, Workload
-from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import Budget, Logbook, Target, Task
-from specattn_codegen.worker import WorkerPool
-from specattn_codegen.workforce import Pool, processes
+from specattn_codegen.tuning.jobs import CompileJob, ProveJob
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.shortlist import Shortlisted, shortlist
+from specattn_codegen.tuning.tune_measured import tune_measured
+from specattn_codegen.tuning.tune_session import Budget, Logbook, Target, Task
+from specattn_codegen.tuning.worker import WorkerPool
+from specattn_codegen.tuning.workforce import Pool, processes
 from specattn_codegen.workloads import (
     DRAFT_LEN,
     PILLAR_SCORES,

@@ -26,12 +26,13 @@ from specattn_bench.acceptance_study import (
 from specattn_bench.acceptance_texts import SETS, Passage, Texts, require_room
 from specattn_bench.corpus import Corpus, library, read
 from specattn_bench.reference import HELD_OUT, held_out
-from specattn_codegen import cpu_info, json_lines
+from specattn_codegen import json_lines
 from specattn_codegen.errors import SpecError
+from specattn_codegen.processors import cpu_info
 from specattn_runtime import load_kernels
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.llama import Llama
-from specattn_runtime.tokens import codec_of
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.tokens import codec_of
 
 TRAINED = report.BENCHMARKS.parent / "tests" / "assets" / "tiny-bytes-8k"
 CONTEXTS, BUDGETS, DRAFT_LENS = (1024, 2048, 4096, 8192), (0.03, 0.05, 0.07, 0.1), (4, 6, 8)

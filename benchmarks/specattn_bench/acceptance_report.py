@@ -13,7 +13,7 @@ from rich.console import Console
 from specattn_bench import tables
 from specattn_bench.acceptance_study import EVERYTHING, FORCED, GENERATED, SERIES, Case, Observed
 from specattn_bench.acceptance_texts import LONG_RANGE, SETS, Passage
-from specattn_runtime.presets import PRESETS
+from specattn_runtime.decoding.presets import PRESETS
 
 BASELINE = "streaming"
 # Whose keys are chosen by what a verification scored.

@@ -15,11 +15,11 @@ from specattn_bench.acceptance_texts import Passage
 from specattn_bench.known_text import PAGE_SIZE, KnownText, Passages
 from specattn_codegen.digest import digest
 from specattn_codegen.policy import TopK
-from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.presets import PRESETS, Preset
+from specattn_runtime.decoding.sampling import Sampling
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS, Preset
-from specattn_runtime.sampling import Sampling
+from specattn_runtime.model.llama import Llama
 
 # Every key selected: what drafts lose to rounding alone.
 EVERYTHING = "everything"

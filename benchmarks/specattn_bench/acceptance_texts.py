@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from specattn_bench.corpus import Corpus
 from specattn_bench.episodes import KINDS, Episode
 from specattn_codegen.errors import SpecError
-from specattn_runtime.tokens import TokenCodec
+from specattn_runtime.model.tokens import TokenCodec
 
 PLAIN, LONG_RANGE = SETS = ("plain", "long-range")
 # What a byte of an episode is: the first of an answer that lies far back, another of it, or none of one.

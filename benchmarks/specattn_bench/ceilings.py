@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from specattn_codegen import cpu_info
-from specattn_codegen.arch import Arch
 from specattn_codegen.build import cpu
-from specattn_codegen.problems import TORCH_DTYPES
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.problems import TORCH_DTYPES
 from specattn_codegen.render import render_text
 from specattn_codegen.spec import Dtype
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from specattn_bench import report
-from specattn_codegen import cpu_info
+from specattn_codegen.processors import cpu_info
 
 HELP = """Times dispatch in fresh processes: what a user pays before the first kernel runs, and again with every call.
 
@@ -40,7 +40,9 @@ def timed(run):
     result = run()
     return result, {"wall": (time.perf_counter() - wall) * 1e6, "cpu": (time.process_time() - cpu) * 1e6}
 _, imported = timed(lambda: __import__("specattn_runtime"))
-from specattn_codegen import HeadConfig, gpus, ladder, paths
+from specattn_codegen import HeadConfig, paths
+from specattn_codegen.packs import ladder
+from specattn_codegen.processors import gpus
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_runtime import load_kernels
 heads = HeadConfig(num_q_heads=32, num_kv_heads=8, head_dim=128)

@@ -17,20 +17,22 @@ from pathlib import Path
 import click
 
 from specattn_bench import report
-from specattn_codegen import cpu_info, pack, record
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import PackError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.jobs import BuildJob, MeasureJob
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.pack import Entry
-from specattn_codegen.record import Record, Stage
-from specattn_codegen.shared_study import open_storage
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.processors import cpu_info
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
-from specattn_codegen.tune import Method, tune
-from specattn_codegen.tune_session import Budget, Target, Task
-from specattn_codegen.workforce import TuningJob
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.jobs import BuildJob, MeasureJob
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Record, Stage
+from specattn_codegen.tuning.shared_study import open_storage
+from specattn_codegen.tuning.tune import Method, tune
+from specattn_codegen.tuning.tune_session import Budget, Target, Task
+from specattn_codegen.tuning.workforce import TuningJob
 
 HELP = """Kills a tuning run, SIGKILL, at random instants, and starts it again on what it left.
 

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 import torch
 
 from specattn_codegen.policy import TopK
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_view import DraftView
+from specattn_runtime.cache.paged_cache import PagedCache
+from specattn_runtime.cache.rows import Rows
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_view import DraftView
+from specattn_runtime.decoding.phases import Draft, Prefill, Verify
+from specattn_runtime.decoding.presets import PRESETS, Preset
+from specattn_runtime.decoding.request import Request
+from specattn_runtime.decoding.round import Decoder
+from specattn_runtime.decoding.stopwatch import Stopwatch
+from specattn_runtime.decoding.turn import Turn
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Attention, Llama
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.phases import Draft, Prefill, Verify
-from specattn_runtime.presets import PRESETS, Preset
-from specattn_runtime.request import Request
-from specattn_runtime.round import Decoder
-from specattn_runtime.rows import Rows
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Turn
+from specattn_runtime.model.llama import Attention, Llama
 
 PAGE_SIZE = 16
 

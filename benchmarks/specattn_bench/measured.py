@@ -13,13 +13,13 @@ from specattn_bench.plans import Chosen, NotServedError, Plans, choose
 from specattn_bench.series import AnySeries, Contender
 from specattn_bench.timing import Launch
 from specattn_codegen import build
-from specattn_codegen.arch import Arch
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.measure import Timer, host_timer, time_interleaved
-from specattn_codegen.problems import AttentionProblem
-from specattn_codegen.prove import Extent, prove
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.problems import AttentionProblem
+from specattn_codegen.proof.prove import Extent, prove
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tuning.measure import Timer, host_timer, time_interleaved
 
 PROOF = Extent(keys=600, ragged=200, rows=8)  # the binary is the one that is timed; on the CPU sizes are arguments
 SEED = 0

@@ -10,10 +10,10 @@ from specattn_bench.measured import SEED, built, launches, timed
 from specattn_bench.mixed_series import Asked, Case, batches_of
 from specattn_bench.series import Contender, Series
 from specattn_bench.timing import Launch, after_weights, in_turn
-from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
 from specattn_codegen.cost_model.floor import least_work
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.spec import Op, Workload
 
 APART, ALL_VERIFYING = "two launches, verify and sparse", "verifying every request"

@@ -12,9 +12,9 @@ from specattn_bench.plans import Plans
 from specattn_bench.sparse_series import disjoint_selections
 from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import rotated
-from specattn_codegen.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
 from specattn_codegen.spec import Dtype, KernelSpec, Op, ScoreSpec, Workload
+from specattn_codegen.tuning.measure import rotated
 
 COPIES = 4  # of the cache: what a turn verifies was last read two turns ago
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from specattn_bench import report
 from specattn_bench.plans import Chosen, NotServedError, Plans, choose
-from specattn_codegen import cost_model, cpu_info
-from specattn_codegen.arch import Arch
+from specattn_codegen import cost_model
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model import Prediction
-from specattn_codegen.jobs import CompileJob
-from specattn_codegen.outcome import Outcome, Status
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.worker import WorkerPool
+from specattn_codegen.tuning.jobs import CompileJob
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.worker import WorkerPool
 
 COMPILE_SECONDS = 120.0
 COMPILER = {"TRITON_INTERPRET": None}  # what the workers' environment must not have

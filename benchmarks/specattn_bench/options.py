@@ -12,10 +12,11 @@ import torch
 
 from specattn_bench.plans import Plans, PlanSource, parse_overrides
 from specattn_bench.report import require_writable, saved_path
-from specattn_codegen import cpu_info, gpus, models
-from specattn_codegen.arch import Arch
+from specattn_codegen import models
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.processors import cpu_info, gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import DTYPES, Dtype
 
 PICTURES = (".png", ".svg", ".pdf")

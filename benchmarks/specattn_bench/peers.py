@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from specattn_bench.timing import Launch, in_turn, turns
-from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.problems import AttentionProblem
 
 PLAIN = "SDPA, K/V repeated"  # what a model's repeat_kv leaves
 WITH_SCORES = "matmuls, with scores"

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from specattn_codegen import ladder, paths, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import paths, space
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.errors import SpecError
+from specattn_codegen.packs import ladder
 from specattn_codegen.plan import Plan, Setting
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
 
 PlanSource = Literal["tuned", "default"]

@@ -15,13 +15,13 @@ from specattn_bench import options, reference_report, report
 from specattn_bench.known_text import Passages
 from specattn_bench.reference_methods import METHODS
 from specattn_bench.reference_study import Recorded, Study
-from specattn_codegen import cpu_info
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
+from specattn_codegen.processors import cpu_info
 from specattn_runtime import load_kernels
-from specattn_runtime.checkpoint import load_llama
-from specattn_runtime.llama import Llama
-from specattn_runtime.tokens import TokenCodec, codec_of
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.tokens import TokenCodec, codec_of
 
 TRAINED = report.BENCHMARKS.parent / "tests" / "assets" / "tiny-bytes-llama"
 HELD_OUT = "heldout.txt"

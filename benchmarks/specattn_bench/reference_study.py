@@ -10,12 +10,12 @@ from specattn_bench.known_text import KnownText, Passages
 from specattn_bench.reference_methods import Method, RowLses, Seen, exact
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.policy import Policy, TopK
-from specattn_codegen.reference import gather_keys
+from specattn_codegen.proof.reference import gather_keys
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import ScoreSpec
+from specattn_runtime.decoding.presets import PRESETS
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.presets import PRESETS
+from specattn_runtime.model.llama import Llama
 
 # What scores of bfloat16 kernels may be off by: their weights' rounding, and where those underflow.
 RELATIVE, FLOOR = 2.0**-8, 2.0**-25

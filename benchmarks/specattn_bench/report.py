@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specattn_codegen import environment
-from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
+from specattn_codegen.processors.arch import Arch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PROCESSOR = "this machine: "

@@ -14,14 +14,15 @@ from rich import box
 from rich.table import Table
 
 from specattn_bench import report
-from specattn_codegen import gpus, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.build.disassemble import sass_opcodes
 from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
 from specattn_codegen.environment import compiler_version
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.plan import Backend
+from specattn_codegen.processors import gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 

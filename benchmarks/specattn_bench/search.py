@@ -14,15 +14,15 @@ from rich.table import Table
 
 from specattn_bench import report, sweep_cases
 from specattn_bench.sweep_cases import CASES, SearchCase, Sweep
-from specattn_codegen import cpu_info
-from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model import predict
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
-from specattn_codegen.search import LEARNERS, SAMPLERS, Sampler, Search, Searched, Strategy
-from specattn_codegen.seeds import MODEL_SEEDS
-from specattn_codegen.tune_measured import BATCH
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.tuning.search import LEARNERS, SAMPLERS, Sampler, Search, Searched, Strategy
+from specattn_codegen.tuning.seeds import MODEL_SEEDS
+from specattn_codegen.tuning.tune_measured import BATCH
 
 HELP = """Replays searches on the sweeps of this processor, which `specattn-bench sweep` made: nothing is timed.
 

@@ -14,17 +14,17 @@ from specattn_bench.selection_peers import peers_of
 from specattn_bench.selection_series import BISECTED, RULES, VERIFY_ROWS, Asked, Case
 from specattn_bench.series import Contender, Series
 from specattn_bench.timing import in_turn, turns
-from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call, select_call
-from specattn_codegen.check import Verdict, check_selection
 from specattn_codegen.cost_model.floor import COUNT_BYTES, INDEX_BYTES, SCORE_BYTES, Work, least_work
 from specattn_codegen.kernel import Kernel, SelectCall
-from specattn_codegen.measure import rotated
 from specattn_codegen.policy import TopK, TopP
-from specattn_codegen.problems import random_scores, workload_problem
-from specattn_codegen.prove import launch
-from specattn_codegen.reference import count_scores
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.check import Verdict, check_selection
+from specattn_codegen.proof.problems import random_scores, workload_problem
+from specattn_codegen.proof.prove import launch
+from specattn_codegen.proof.reference import count_scores
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
+from specattn_codegen.tuning.measure import rotated
 
 WARM_START = "from verification's histogram"
 

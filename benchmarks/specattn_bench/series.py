@@ -8,8 +8,8 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from specattn_bench.plans import Chosen
 from specattn_codegen.cost_model.floor import Work
-from specattn_codegen.outcome import Timing
 from specattn_codegen.spec import Dtype
+from specattn_codegen.tuning.outcome import Timing
 
 Kind = Literal["ours", "beside", "peer"]
 

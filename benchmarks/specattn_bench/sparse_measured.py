@@ -12,15 +12,15 @@ from specattn_bench.series import Contender, Series
 from specattn_bench.sparse_peers import PEERS, caches_of, gathering_of
 from specattn_bench.sparse_series import Asked, Case, disjoint_selections
 from specattn_bench.timing import Launch, after_weights, in_turn
-from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
-from specattn_codegen.check import Verdict, check_attention
 from specattn_codegen.cost_model.floor import least_work
 from specattn_codegen.kernel import Kernel
-from specattn_codegen.measure import copies, rotated
-from specattn_codegen.problems import AttentionProblem, attention_problem
-from specattn_codegen.prove import launch
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.check import Verdict, check_attention
+from specattn_codegen.proof.problems import AttentionProblem, attention_problem
+from specattn_codegen.proof.prove import launch
 from specattn_codegen.spec import KernelSpec
+from specattn_codegen.tuning.measure import copies, rotated
 
 Turn = Iterator[int]
 SELECTIONS = 8  # of each copy of a cache, which take turns

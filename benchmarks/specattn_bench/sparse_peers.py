@@ -11,7 +11,7 @@ import torch
 from specattn_bench.sparse_series import Case
 from specattn_bench.timing import Launch
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.proof.problems import AttentionProblem
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.roofline import Floor, floor_of
 from specattn_bench.series import Series
-from specattn_codegen.outcome import Timing
+from specattn_codegen.tuning.outcome import Timing
 
 AnyCase = Series[Any]
 

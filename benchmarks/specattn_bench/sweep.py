@@ -10,14 +10,15 @@ import click
 
 from specattn_bench import report, sweep_cases
 from specattn_bench.sweep_cases import CASES, PAGE_SIZE, SearchCase, Sweep
-from specattn_codegen import build, cpu_info, space
+from specattn_codegen import build, space
 from specattn_codegen.digest import to_plain
 from specattn_codegen.errors import SpecError
-from specattn_codegen.jobs import render_for
 from specattn_codegen.kernel import Call, Kernel
-from specattn_codegen.measure import host_timer, rotating, summary, timed_calls
 from specattn_codegen.plan import Plan
-from specattn_codegen.prove import Extent, prove
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof.prove import Extent, prove
+from specattn_codegen.tuning.jobs import render_for
+from specattn_codegen.tuning.measure import host_timer, rotating, summary, timed_calls
 
 HELP = """Times every feasible plan of one search problem on this CPU, in rounds of a new random order each.
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specattn_bench import report
-from specattn_codegen.arch import Arch
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack_file import write_whole
+from specattn_codegen.packs.pack_file import write_whole
 from specattn_codegen.plan import Plan, Setting
-from specattn_codegen.search import Searched
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space import Axis
 from specattn_codegen.spec import KernelSpec, Workload
+from specattn_codegen.tuning.search import Searched
 from specattn_codegen.workloads import BUDGET, PILLAR_SCORES, VEGAS_SCORES
 
 PAGE_SIZE = 16

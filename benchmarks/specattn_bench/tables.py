@@ -12,7 +12,7 @@ from rich.table import Table
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.plans import Chosen, Plans
 from specattn_bench.series import Series
-from specattn_codegen.outcome import Timing
+from specattn_codegen.tuning.outcome import Timing
 
 TEXT_COLUMNS = ("series", "case", "plan", "binds", "label")
 

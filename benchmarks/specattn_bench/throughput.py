@@ -26,17 +26,17 @@ from specattn_bench.throughput_measured import (
 )
 from specattn_bench.throughput_models import PAGE_SIZE, SEED, Prompts, Subject, drawn_prompts, prefilled
 from specattn_bench.throughput_report import DENSE, Line
-from specattn_codegen import cpu_info
 from specattn_codegen.errors import SpecError
-from specattn_codegen.problems import TORCH_DTYPES
+from specattn_codegen.processors import cpu_info
+from specattn_codegen.proof.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
 from specattn_runtime import load_kernels
-from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.presets import PRESETS, preset_named
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.llama_config import LlamaConfig, read_config
-from specattn_runtime.presets import PRESETS, preset_named
-from specattn_runtime.tokens import codec_of
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.llama_config import LlamaConfig, read_config
+from specattn_runtime.model.tokens import codec_of
 
 ASSETS = report.BENCHMARKS.parent / "tests" / "assets"
 CONTEXTS = (2000, 8000)

@@ -13,17 +13,17 @@ import torch
 from specattn_bench.throughput_models import PAGE_SIZE, SEED, Prompts
 from specattn_codegen.errors import SpecError
 from specattn_codegen.spec import Dtype
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.draft_length import expected_tokens
-from specattn_runtime.draft_view import DraftView
-from specattn_runtime.generation import RequestResult
+from specattn_runtime.cache.paged_cache import PagedCache
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.draft_length import expected_tokens
+from specattn_runtime.decoding.draft_view import DraftView
+from specattn_runtime.decoding.generation import RequestResult
+from specattn_runtime.decoding.request import Request
+from specattn_runtime.decoding.round import Decoder, Drafted, Turns, Verified
+from specattn_runtime.decoding.stopwatch import Stopwatch
+from specattn_runtime.decoding.turn import Emitted
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.request import Request
-from specattn_runtime.round import Decoder, Drafted, Turns, Verified
-from specattn_runtime.stopwatch import Stopwatch
-from specattn_runtime.turn import Emitted
+from specattn_runtime.model.llama import Llama
 
 ROUNDS = 6  # of a preset, before the next one has its turn
 LEAST_TURNS = 2

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from specattn_codegen.problems import TORCH_DTYPES
+from specattn_codegen.proof.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
-from specattn_runtime.checkpoint import build_llama, expected_shapes, load_llama
+from specattn_runtime.cache.paged_cache import PagedCache
+from specattn_runtime.decoding.presets import PRESETS
+from specattn_runtime.decoding.round import Decoder
+from specattn_runtime.decoding.stopwatch import Stopwatch
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.llama import Llama
-from specattn_runtime.llama_config import read_config
-from specattn_runtime.paged_cache import PagedCache
-from specattn_runtime.presets import PRESETS
-from specattn_runtime.round import Decoder
-from specattn_runtime.stopwatch import Stopwatch
+from specattn_runtime.model.checkpoint import build_llama, expected_shapes, load_llama
+from specattn_runtime.model.llama import Llama
+from specattn_runtime.model.llama_config import read_config
 
 PAGE_SIZE = 16
 SEED = 0

@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from specattn_bench.throughput_measured import Played, Step
 from specattn_bench.throughput_models import Prompts, Subject
-from specattn_codegen.problems import TORCH_DTYPES
+from specattn_codegen.proof.problems import TORCH_DTYPES
 from specattn_codegen.spec import Dtype
-from specattn_runtime.generation import RequestResult
+from specattn_runtime.decoding.generation import RequestResult
 
 GENERATED = 5  # tokens in its turn
 

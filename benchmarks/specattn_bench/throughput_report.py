@@ -14,11 +14,11 @@ from rich.console import Console
 from specattn_bench import tables
 from specattn_bench.plots import FAINT, FONT_SIZE, INK, OURS, PEERS, colours, plain
 from specattn_bench.throughput_measured import Case, Played, law_of
-from specattn_codegen.measure import summary
-from specattn_codegen.outcome import Timing
-from specattn_runtime.draft_length import RoundCosts, expected_tokens
-from specattn_runtime.generation import RequestResult, first_difference
-from specattn_runtime.presets import preset_named
+from specattn_codegen.tuning.measure import summary
+from specattn_codegen.tuning.outcome import Timing
+from specattn_runtime.decoding.draft_length import RoundCosts, expected_tokens
+from specattn_runtime.decoding.generation import RequestResult, first_difference
+from specattn_runtime.decoding.presets import preset_named
 
 DENSE, GENERATE, SCORELESS = "dense", "transformers generate", "streaming"
 PHASES = ("draft", "verify", "select", "other")

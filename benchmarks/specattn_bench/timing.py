@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from specattn_codegen.arch import Arch
-from specattn_codegen.measure import Timer, copies, host_timer
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.tuning.measure import Timer, copies, host_timer
 
 Launch = Callable[[], object]
 

@@ -15,13 +15,13 @@ from specattn_bench.plans import DEFAULT, choose
 from specattn_bench.series import Contender
 from specattn_bench.timing import Launch, after_weights, in_turn, turns
 from specattn_bench.verify_series import READING, SCORES, Asked, Case, Series
-from specattn_codegen.arch import Arch
 from specattn_codegen.calls import problem_call
 from specattn_codegen.cost_model.floor import Work, least_work
 from specattn_codegen.kernel import Kernel
-from specattn_codegen.measure import rotated
-from specattn_codegen.problems import AttentionProblem, workload_problem
-from specattn_codegen.prove import launch
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.proof.problems import AttentionProblem, workload_problem
+from specattn_codegen.proof.prove import launch
+from specattn_codegen.tuning.measure import rotated
 
 
 def measure_case(asked: Asked, case: Case, arch: Arch, seconds: float) -> list[Series]:

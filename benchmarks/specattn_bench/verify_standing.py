@@ -9,7 +9,7 @@ from specattn_bench import peers
 from specattn_bench.ceilings import Ceilings
 from specattn_bench.roofline import Floor, cache_bytes, floor_of, method_work
 from specattn_bench.verify_series import Asked, Series
-from specattn_codegen.outcome import Timing
+from specattn_codegen.tuning.outcome import Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

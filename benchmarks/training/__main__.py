@@ -13,7 +13,7 @@ from benchmarks.training.run import STATE, Asked, train
 from specattn_bench import corpus
 from specattn_bench.reference import HELD_OUT
 from specattn_codegen.cli import console
-from specattn_runtime.llama_config import parse_config
+from specattn_runtime.model.llama_config import parse_config
 
 HELP = f"""Trains a byte-level Llama on the sources of this Python's standard library, mixed with episodes whose answers
 lie far back, and writes a checkpoint folder.

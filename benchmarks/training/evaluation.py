@@ -13,7 +13,7 @@ from torch.nn import functional
 from benchmarks.training.model import Weights, logits
 from specattn_bench.corpus import Corpus
 from specattn_bench.episodes import KINDS, Answer
-from specattn_runtime.llama_config import LlamaConfig
+from specattn_runtime.model.llama_config import LlamaConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

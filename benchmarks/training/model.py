@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from specattn_codegen.errors import SpecError
-from specattn_runtime.checkpoint import build_llama, expected_shapes
-from specattn_runtime.llama_config import LlamaConfig
+from specattn_runtime.model.checkpoint import build_llama, expected_shapes
+from specattn_runtime.model.llama_config import LlamaConfig
 
 Weights = dict[str, torch.Tensor]
 QUERY_HEADS = 8

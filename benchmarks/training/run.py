@@ -16,7 +16,7 @@ from benchmarks.training import evaluation, model, schedule
 from benchmarks.training.batches import Batch, batch
 from benchmarks.training.schedule import STAGES, Stage
 from specattn_bench.corpus import Corpus
-from specattn_runtime.llama_config import LlamaConfig, parse_config
+from specattn_runtime.model.llama_config import LlamaConfig, parse_config
 
 STATE, LOG = "state.pt", "training.jsonl"
 LARGEST_GRADIENT = 1.0

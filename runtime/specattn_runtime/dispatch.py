@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
-from specattn_codegen import build, cpu_info, gpu_detect, ladder, paths, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import build, paths, space
 from specattn_codegen.buckets import bucket
 from specattn_codegen.calls import AttentionInputs, attention_call, select_call
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Kernel
-from specattn_codegen.ladder import Ladder, Rung
+from specattn_codegen.packs import ladder
+from specattn_codegen.packs.ladder import Ladder, Rung
 from specattn_codegen.policy import Policy
+from specattn_codegen.processors import cpu_info, gpu_detect
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload, require_type
@@ -41,8 +43,8 @@ BATCH_INVARIANT_SIZES = (1, 1, 4096, 256)  # batch, q_len, kv_len, budget
 class Kernels:
     """The operations of one HeadConfig on one device. They share scratch memory: one thread and stream at a time.
 
-    `rungs` tells, for every kernel in use, how its plan was found: see specattn_codegen.ladder. `digest` is equal for
-    ranks of a cluster that give every call the same plan and kernel: see require_agreement.
+    `rungs` tells, for every kernel in use, how its plan was found: see specattn_codegen.packs.ladder. `digest` is
+    equal for ranks of a cluster that give every call the same plan and kernel: see require_agreement.
     """
 
     def __init__(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from specattn_codegen import ladder
-from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.ladder import Candidate, Found, Ladder
+from specattn_codegen.packs import ladder
+from specattn_codegen.packs.ladder import Candidate, Found, Ladder
+from specattn_codegen.packs.staleness import grade_source
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source
 from specattn_codegen.spec import Dtype, KernelSpec, KvDtype, Workload
-from specattn_codegen.staleness import grade_source
 
 logger = logging.getLogger("specattn")
 

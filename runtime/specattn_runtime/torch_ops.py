@@ -11,12 +11,13 @@ import functools
 
 import torch
 
-from specattn_codegen import build, cpu_info, gpu_detect, space
+from specattn_codegen import build, space
 from specattn_codegen.calls import select_call
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import Kernel
 from specattn_codegen.policy import PPM, Policy, Threshold, TopK, TopP, selection_width
+from specattn_codegen.processors import cpu_info, gpu_detect
 from specattn_codegen.render import render
 from specattn_codegen.results import Selection, VerifyOutput
 from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec, ScoreSpec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.kernel import Kernel
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source
 
 

@@ -14,7 +14,6 @@ from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
 
 from specattn_codegen import paths
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.disassemble import amdgcn_usage, cubin_usage
 from specattn_codegen.build.module import import_source
 from specattn_codegen.build.program import function_program
@@ -23,6 +22,7 @@ from specattn_codegen.build.store import remembered
 from specattn_codegen.build.triton import is_interpreted
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source
 
 

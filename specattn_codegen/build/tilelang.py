@@ -12,7 +12,6 @@ from types import ModuleType
 
 import torch
 
-from specattn_codegen import gpu_detect
 from specattn_codegen.build import cubin
 from specattn_codegen.build.alignment import require_aligned
 from specattn_codegen.build.module import import_source
@@ -20,6 +19,7 @@ from specattn_codegen.build.selection import launch_arguments, selection_call, w
 from specattn_codegen.errors import BuildError
 from specattn_codegen.kernel import AttentionCall, Call
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors import gpu_detect
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 

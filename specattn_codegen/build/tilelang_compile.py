@@ -12,7 +12,6 @@ import msgspec
 from tilelang import env
 
 from specattn_codegen import paths
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.cubin import MANIFEST, TensorMap
 from specattn_codegen.build.disassemble import cubin_usage, cuobjdump_path
 from specattn_codegen.build.resources import Resources
@@ -20,6 +19,7 @@ from specattn_codegen.build.store import publish
 from specattn_codegen.build.tilelang_lower import Lowered, lower_for_cuda
 from specattn_codegen.digest import digest
 from specattn_codegen.errors import BuildError
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source
 
 # Without fusing multiplications into additions, results do not change with what else a function computes.

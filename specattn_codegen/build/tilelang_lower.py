@@ -21,10 +21,10 @@ from tilelang.backend.module import create_backend_context
 from tilelang.engine.lower import lower_with_context
 from tilelang.tileop.base import GemmWarpPolicy
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.cubin import TensorMap
 from specattn_codegen.build.module import import_source
 from specattn_codegen.errors import BuildError
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source
 
 # Templates bound every access themselves.

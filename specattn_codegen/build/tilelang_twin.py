@@ -16,8 +16,8 @@ import torch
 from specattn_codegen.build import cpu
 from specattn_codegen.build.tilelang import AttentionKernel, SelectKernel, adapt
 from specattn_codegen.build.tilelang_lower import Lowered, lower_for_c
-from specattn_codegen.cpu_info import instruction_set
 from specattn_codegen.errors import BuildError
+from specattn_codegen.processors.cpu_info import instruction_set
 from specattn_codegen.render import Source
 
 INCLUDE = "#include <tl_templates/cpp/common.h>"

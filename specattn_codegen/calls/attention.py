@@ -13,7 +13,7 @@ from specattn_codegen.calls.tensors import require, require_slots
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.kernel import AttentionCall
-from specattn_codegen.problems import TORCH_DTYPES
+from specattn_codegen.proof.problems import TORCH_DTYPES
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_codegen.spec import KernelSpec, require_type
 

@@ -7,7 +7,7 @@ import torch
 from specattn_codegen.calls.attention import cache_scale
 from specattn_codegen.calls.outputs import has_histogram, score_shape_of
 from specattn_codegen.kernel import AttentionCall
-from specattn_codegen.problems import AttentionProblem
+from specattn_codegen.proof.problems import AttentionProblem
 from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import gpu_detect, gpus, ladder, paths
-from specattn_codegen.arch import Arch
+from specattn_codegen import paths
 from specattn_codegen.cli import console
 from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PACKS, PAGE_SIZE, TP
 from specattn_codegen.cli.progress import console as output
@@ -20,7 +19,10 @@ from specattn_codegen.export.hugging_face import repository_files
 from specattn_codegen.export.package import Export, default_name, folder_files, write
 from specattn_codegen.export.tables import tables
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.pack_file import LICENCE
+from specattn_codegen.packs import ladder
+from specattn_codegen.packs.pack_file import LICENCE
+from specattn_codegen.processors import gpu_detect, gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, KvDtype
 from specattn_codegen.workloads import TUNED_OPS, mixed_specs, model_specs
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specattn_codegen import pack_file
-from specattn_codegen.outcome import Outcome, Status
-from specattn_codegen.pack import Entry
-from specattn_codegen.record import Record
-from specattn_codegen.tune_session import Task
+from specattn_codegen.packs import pack_file
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.tuning.outcome import Outcome, Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.tune_session import Task
 
 PLAIN_WIDTH = 160  # columns where the output is a file or a pipe
 

@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 
 from specattn_codegen.cli.progress import microseconds
-from specattn_codegen.outcome import Status
-from specattn_codegen.pack import Entry
+from specattn_codegen.packs.pack import Entry
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
+from specattn_codegen.tuning.outcome import Status
+from specattn_codegen.tuning.record import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,7 @@ import click
 import torch
 from rich.console import Console
 
-from specattn_codegen import gpus, models, pack, paths
-from specattn_codegen.claims import own_device
+from specattn_codegen import models, paths
 from specattn_codegen.cli import console, tune_all_models, tune_bundle
 from specattn_codegen.cli.options import SECONDS, SEED, TRIALS
 from specattn_codegen.cli.progress import TuningProgress, closing_lines, closing_table, doubts
@@ -23,11 +22,14 @@ from specattn_codegen.cli.tune_replay import replay
 from specattn_codegen.cli.tune_request import TIMING, Request, announce_fit, find_budget, options, require_writable
 from specattn_codegen.environment import device_name
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.measure import Mode
-from specattn_codegen.search import SAMPLERS, Sampler
-from specattn_codegen.shared_study import storage_at, worker_name
-from specattn_codegen.tune import Method, tune
-from specattn_codegen.tune_session import Budget, Target
+from specattn_codegen.packs import pack
+from specattn_codegen.processors import gpus
+from specattn_codegen.tuning.claims import own_device
+from specattn_codegen.tuning.measure import Mode
+from specattn_codegen.tuning.search import SAMPLERS, Sampler
+from specattn_codegen.tuning.shared_study import storage_at, worker_name
+from specattn_codegen.tuning.tune import Method, tune
+from specattn_codegen.tuning.tune_session import Budget, Target
 
 # Imported only where they are asked for: SciPy and matplotlib take as long to import as torch.
 MODEL, REPORT = "specattn_codegen.cli.tune_model", "specattn_codegen.cli.tune_report"

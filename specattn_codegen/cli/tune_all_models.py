@@ -10,16 +10,17 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import models, pack, paths
+from specattn_codegen import models, paths
 from specattn_codegen.cli.options import DEFAULT_PAGE_SIZE, SECONDS, SEED, TRIALS
 from specattn_codegen.cli.progress import TuningProgress
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_request import Request, announce_fit, find_budget, require_writable
 from specattn_codegen.heads import HeadConfig, layer_heads
-from specattn_codegen.staleness import grade
-from specattn_codegen.tune import Method, tune
-from specattn_codegen.tune_session import Target, Task
-from specattn_codegen.workforce import lasting
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.staleness import grade
+from specattn_codegen.tuning.tune import Method, tune
+from specattn_codegen.tuning.tune_session import Target, Task
+from specattn_codegen.tuning.workforce import lasting
 
 # Where measured: the default and the cost model's own four. In three sweeps of all plans on an AMD EPYC of 2026-11 the
 # best of them was within 1 % of the best there is.

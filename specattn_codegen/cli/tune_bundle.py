@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import bundle, paths
+from specattn_codegen import paths
 from specattn_codegen.cli.options import SECONDS, SEED
 from specattn_codegen.cli.progress import TuningProgress, closing_table, doubts
 from specattn_codegen.cli.progress import console as output
 from specattn_codegen.cli.tune_request import TIMING, Request, announce_fit, find_budget, options, require_writable
-from specattn_codegen.measure import Mode
-from specattn_codegen.workforce import processes
+from specattn_codegen.tuning import bundle
+from specattn_codegen.tuning.measure import Mode
+from specattn_codegen.tuning.workforce import processes
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 

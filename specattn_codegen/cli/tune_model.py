@@ -9,8 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from specattn_codegen import cost_model, model_fit, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import cost_model, space
 from specattn_codegen.cli.progress import microseconds
 from specattn_codegen.cli.tune_replay import arch_of, read_measured
 from specattn_codegen.cli.tune_request import Request, announce_fit
@@ -19,13 +18,15 @@ from specattn_codegen.cost_model.calibration import Agreement, Observation, agre
 from specattn_codegen.environment import silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.model_fit import ModelFit
-from specattn_codegen.outcome import Status
 from specattn_codegen.plan import Plan
-from specattn_codegen.record import Record
-from specattn_codegen.shortlist import ranked
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
-from specattn_codegen.tune_session import Target
+from specattn_codegen.tuning import model_fit
+from specattn_codegen.tuning.model_fit import ModelFit
+from specattn_codegen.tuning.outcome import Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.shortlist import ranked
+from specattn_codegen.tuning.tune_session import Target
 
 
 def explain(request: Request, kinds: Sequence[HeadConfig], target: Target, screen: Console) -> None:

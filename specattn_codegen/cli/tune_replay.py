@@ -8,18 +8,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from specattn_codegen import cpu_info, gpus, record, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import space
 from specattn_codegen.cli.progress import TuningProgress, closing_table
 from specattn_codegen.environment import Silicon
 from specattn_codegen.errors import SpecError
-from specattn_codegen.outcome import Status
-from specattn_codegen.pack import Entry
-from specattn_codegen.record import Record
-from specattn_codegen.search import Sampler, Search, Searched, Strategy
-from specattn_codegen.tune_measured import tune_measured
-from specattn_codegen.tune_session import Budget, Logbook, Target, Task
-from specattn_codegen.workforce import Replay
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.processors import cpu_info, gpus
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.tuning import record
+from specattn_codegen.tuning.outcome import Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.search import Sampler, Search, Searched, Strategy
+from specattn_codegen.tuning.tune_measured import tune_measured
+from specattn_codegen.tuning.tune_session import Budget, Logbook, Target, Task
+from specattn_codegen.tuning.workforce import Replay
 
 
 def read_measured(path: Path) -> list[Record]:

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from specattn_codegen import buckets, paths, space
-from specattn_codegen.arch import Arch
 from specattn_codegen.cli.progress import TuningProgress, microseconds, short_plan
 from specattn_codegen.cost_model.floor import least_work
-from specattn_codegen.outcome import Status
-from specattn_codegen.pack import Entry
-from specattn_codegen.record import Record
-from specattn_codegen.tune_session import Target, Task
+from specattn_codegen.packs.pack import Entry
+from specattn_codegen.processors.arch import Arch
+from specattn_codegen.tuning.outcome import Status
+from specattn_codegen.tuning.record import Record
+from specattn_codegen.tuning.tune_session import Target, Task
 from specattn_codegen.workloads import default_workloads
 
 WIDTH = 9.5  # inches

@@ -15,18 +15,19 @@ import click
 import torch
 from rich.console import Console
 
-from specattn_codegen import cpu_info, gpu_detect, gpus, models, space
-from specattn_codegen.arch import Arch
+from specattn_codegen import models, space
 from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PAGE_SIZE, TP
 from specattn_codegen.environment import fit_digest
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig, layer_heads
-from specattn_codegen.measure import MODES
-from specattn_codegen.model_fit import fitted
 from specattn_codegen.plan import BACKENDS, Backend
+from specattn_codegen.processors import cpu_info, gpu_detect, gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import DTYPES, Dtype, KvDtype, Op
-from specattn_codegen.tune import plan_tasks
-from specattn_codegen.tune_session import Budget, Target, Task
+from specattn_codegen.tuning.measure import MODES
+from specattn_codegen.tuning.model_fit import fitted
+from specattn_codegen.tuning.tune import plan_tasks
+from specattn_codegen.tuning.tune_session import Budget, Target, Task
 from specattn_codegen.workloads import TUNED_OPS, default_workloads, model_specs
 
 ALL_BACKENDS = "all"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.attention import Likeness, attention_launches, launch_makers
 from specattn_codegen.cost_model.cpu import attention_terms, cpu_residency
@@ -18,6 +17,7 @@ from specattn_codegen.cost_model.selection import selection_launches
 from specattn_codegen.cost_model.traffic import bytes_moved
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Backend, Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space import tilelang, triton
 from specattn_codegen.spec import KernelSpec, Workload
 

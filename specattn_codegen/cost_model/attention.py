@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.floor import keys_read
 from specattn_codegen.cost_model.grid import Grid, Iteration, Launch
@@ -19,6 +18,7 @@ from specattn_codegen.cost_model.hardware import (
 )
 from specattn_codegen.cost_model.occupancy import blocks_per_sm
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space.triton import converted_bytes, merges_last, padded
 from specattn_codegen.spec import KernelSpec, ScoreSpec, Workload
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from specattn_codegen import cost_model, space
-from specattn_codegen.arch import Arch
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
 
 # A gain below this is no reason to leave the safe default. Resources are guessed, since what a pack says of a binary

@@ -11,11 +11,11 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model.attention import scored_rows
 from specattn_codegen.cost_model.floor import keys_read
 from specattn_codegen.cost_model.prediction import Residency, Term
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space.cpu import LANES
 from specattn_codegen.spec import DTYPE_BYTES, KernelSpec, Workload
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specattn_codegen.arch import Arch
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import HISTOGRAM_BINS, KernelSpec, Workload
 
 SCORE_BYTES = 4

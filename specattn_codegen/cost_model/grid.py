@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model.hardware import SCHEDULERS_PER_SM, SHARPNESS, STREAMING_SHARE, MultiprocessorRates
 from specattn_codegen.cost_model.prediction import Residency, Term
+from specattn_codegen.processors.arch import Arch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specattn_codegen.arch import Arch
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import Dtype
 
 # Latencies and the L2's bandwidth relative to memory: hardware features of V100, A100 and H100, table 3 of

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
+from specattn_codegen.processors.arch import Arch
 
 REGISTER_UNIT = 8  # registers a thread are given in eights (CUDA occupancy calculator)
 RESERVED_SMEM = 1024  # bytes CUDA keeps of every block's shared memory (capability 8.0 and later)

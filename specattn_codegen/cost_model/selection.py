@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.build.resources import Resources
 from specattn_codegen.cost_model.grid import Grid, Iteration, Launch
 from specattn_codegen.cost_model.hardware import rates
 from specattn_codegen.cost_model.occupancy import blocks_per_sm
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
 
 KEY_BITS = 32

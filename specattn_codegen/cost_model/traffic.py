@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.cost_model.attention import (
     FLOAT_BYTES,
     row_tiles,
@@ -13,6 +12,7 @@ from specattn_codegen.cost_model.attention import (
 )
 from specattn_codegen.cost_model.floor import keys_read, least_work
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import KernelSpec, Workload
 
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specattn_codegen import paths, space
-from specattn_codegen.arch import Arch
 from specattn_codegen.build import cubin, tilelang
 from specattn_codegen.digest import to_plain
 from specattn_codegen.environment import compiler_version, own_version, silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.export.package import NAME, below
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.ladder import Ladder
-from specattn_codegen.pack import ProvedBy, structure
+from specattn_codegen.packs.ladder import Ladder
+from specattn_codegen.packs.pack import ProvedBy, structure
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import Source, render, render_text
 from specattn_codegen.spec import KernelSpec
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from specattn_codegen import pack
-from specattn_codegen.arch import Arch
 from specattn_codegen.digest import digest
 from specattn_codegen.environment import silicon
 from specattn_codegen.export.package import Export, below, common_facts, package_files
-from specattn_codegen.pack import Entry, Pack
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Entry, Pack
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render_text
 
 VERSION = 1  # of the kernel; a repository counts it up when its interface changes

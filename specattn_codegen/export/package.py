@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specattn_codegen import buckets, paths
-from specattn_codegen.arch import Arch
 from specattn_codegen.digest import to_plain
 from specattn_codegen.environment import own_version, silicon
 from specattn_codegen.errors import SpecError
 from specattn_codegen.export.tables import Row, Table
 from specattn_codegen.heads import HeadConfig
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.render import render_text
 from specattn_codegen.space.triton import DESCRIPTOR_ALIGNMENT, merges_last
 from specattn_codegen.spec import KernelSpec, KvDtype

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from specattn_codegen import buckets, space
 from specattn_codegen.errors import SpecError
-from specattn_codegen.ladder import Found, Ladder, tuned_as
-from specattn_codegen.pack import structure
+from specattn_codegen.packs.ladder import Found, Ladder, tuned_as
+from specattn_codegen.packs.pack import structure
 from specattn_codegen.render import Source, render
 from specattn_codegen.spec import KernelSpec, Workload
 from specattn_codegen.workloads import default_workloads

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 from types import ModuleType
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.plan import Backend, Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space import cpu, tilelang, triton
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from specattn_codegen.arch import Arch
 from specattn_codegen.errors import SpecError
 from specattn_codegen.plan import Plan
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.space.axis import Axis
 from specattn_codegen.spec import KernelSpec, ScoreSpec
 

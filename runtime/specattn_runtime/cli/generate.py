@@ -19,18 +19,18 @@ from specattn_codegen.cli.console import run
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_runtime import load_kernels
-from specattn_runtime.checkpoint import load_llama
 from specattn_runtime.cli.report import identical_line, live_table, run_table
 from specattn_runtime.cli.text_stream import TextStream
-from specattn_runtime.decode_spec import DecodeSpec
-from specattn_runtime.engine import generate, warm_up
-from specattn_runtime.generation import Generation, first_difference
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.engine import generate, warm_up
+from specattn_runtime.decoding.generation import Generation, first_difference
+from specattn_runtime.decoding.presets import PRESETS, Preset, preset_named
+from specattn_runtime.decoding.reference_kernels import ReferenceKernels
+from specattn_runtime.decoding.sampling import Sampling
+from specattn_runtime.decoding.session import Progress, Session
 from specattn_runtime.kernels_protocol import AttentionKernels
-from specattn_runtime.presets import PRESETS, Preset, preset_named
-from specattn_runtime.reference_kernels import ReferenceKernels
-from specattn_runtime.sampling import Sampling
-from specattn_runtime.session import Progress, Session
-from specattn_runtime.tokens import TokenCodec, codec_of
+from specattn_runtime.model.checkpoint import load_llama
+from specattn_runtime.model.tokens import TokenCodec, codec_of
 
 Watch = Callable[[Session, Sequence[Progress]], None]
 

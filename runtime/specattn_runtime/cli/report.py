@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from rich.table import Table
 
-from specattn_runtime.generation import Difference, Generation, RequestResult
-from specattn_runtime.session import Session
+from specattn_runtime.decoding.generation import Difference, Generation, RequestResult
+from specattn_runtime.decoding.session import Session
 
 Line = tuple[str, Callable[[Generation], str]]
 SHOWN_REQUESTS = 8  # of a batch, while it runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specattn_runtime.tokens import TokenCodec
+from specattn_runtime.model.tokens import TokenCodec
 
 UNFINISHED = "\ufffd"  # what codecs make of bytes that are no character, or not yet
 

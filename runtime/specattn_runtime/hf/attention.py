@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from specattn_codegen.errors import SpecError
-from specattn_runtime.llama import Attention
+from specattn_runtime.model.llama import Attention
 
 NAME = "specattn"
 

@@ -18,14 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specattn_codegen.errors import SpecError
-from specattn_runtime.decode_spec import DecodeSpec
+from specattn_runtime.decoding.decode_spec import DecodeSpec
+from specattn_runtime.decoding.presets import Preset, preset_named
+from specattn_runtime.decoding.sampling import GREEDY, Sampling
+from specattn_runtime.decoding.session import Progress, Session, open_session
 from specattn_runtime.hf.attention import own_attention
 from specattn_runtime.hf.layers import layer_kernels
 from specattn_runtime.hf.model import HfModel
 from specattn_runtime.hf.texts import Texts
-from specattn_runtime.presets import Preset, preset_named
-from specattn_runtime.sampling import GREEDY, Sampling
-from specattn_runtime.session import Progress, Session, open_session
 
 LARGEST_SEED = 2**62
 # What generate prepares for its own loop and this one has no use for.

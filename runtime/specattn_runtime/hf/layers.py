@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.model_config import parse_config
+from specattn_codegen.models.model_config import parse_config
 from specattn_codegen.results import Selection, SparseOutput, VerifyOutput
 from specattn_runtime.dispatch import Kernels, load_kernels
 from specattn_runtime.kernels_protocol import AttentionKernels

@@ -8,10 +8,10 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specattn_codegen.heads import HeadConfig
+from specattn_runtime.cache.rows import Rows
+from specattn_runtime.decoding.phases import Draft, Prefill, Verify
 from specattn_runtime.hf.texts import Texts
-from specattn_runtime.llama import Attention
-from specattn_runtime.phases import Draft, Prefill, Verify
-from specattn_runtime.rows import Rows
+from specattn_runtime.model.llama import Attention
 
 
 class HfModel:

@@ -8,18 +8,20 @@ from typing import get_args
 
 import click
 
-from specattn_codegen import cpu_info, gpu_detect, gpus, ladder, paths
-from specattn_codegen.arch import Arch
+from specattn_codegen import paths
 from specattn_codegen.buckets import FARTHEST
 from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PACKS, PAGE_SIZE, TP
 from specattn_codegen.cli.pack import tables
 from specattn_codegen.cli.progress import console, microseconds, say
 from specattn_codegen.cli.tune_request import find_heads
 from specattn_codegen.errors import SpecError
-from specattn_codegen.explain import neighbours
-from specattn_codegen.ladder import Found, Ladder
+from specattn_codegen.packs import ladder
+from specattn_codegen.packs.explain import neighbours
+from specattn_codegen.packs.ladder import Found, Ladder
+from specattn_codegen.packs.staleness import MEANING, Grade, grade
+from specattn_codegen.processors import cpu_info, gpu_detect, gpus
+from specattn_codegen.processors.arch import Arch
 from specattn_codegen.spec import DTYPES, OPS, Dtype, KernelSpec, KvDtype, Op, ScoreHeads, ScoreSpec, Workload
-from specattn_codegen.staleness import MEANING, Grade, grade
 from specattn_codegen.workloads import BUDGET, DRAFT_LEN
 
 

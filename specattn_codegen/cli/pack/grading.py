@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from specattn_codegen import pack
 from specattn_codegen.cli.pack import tables
 from specattn_codegen.errors import PackError, SpecError
-from specattn_codegen.pack import Pack
-from specattn_codegen.silicon import arch_of
-from specattn_codegen.staleness import Grade, grade
+from specattn_codegen.packs import pack
+from specattn_codegen.packs.pack import Pack
+from specattn_codegen.packs.staleness import Grade, grade
+from specattn_codegen.processors.silicon import arch_of
 
 
 def grades(found: Pack) -> list[Grade]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import pack, pack_file, pack_merge
 from specattn_codegen.cli.options import PACKS
 from specattn_codegen.cli.pack import tables
 from specattn_codegen.cli.pack.grading import examine, grades
 from specattn_codegen.cli.pack.places import find, named_files, places
 from specattn_codegen.cli.progress import console, say
 from specattn_codegen.errors import SpecError
-from specattn_codegen.staleness import MEANING
+from specattn_codegen.packs import pack, pack_file, pack_merge
+from specattn_codegen.packs.staleness import MEANING
 
 DIFFERENT = 1  # exit code of a diff that finds something, as of diff(1)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import pack, pack_file, paths
+from specattn_codegen import paths
 from specattn_codegen.cli.options import PACKS
 from specattn_codegen.cli.pack import tables
 from specattn_codegen.cli.pack.grading import graded
 from specattn_codegen.cli.pack.places import Place, places
 from specattn_codegen.cli.progress import console, say
 from specattn_codegen.errors import PackError, SpecError
+from specattn_codegen.packs import pack, pack_file
 
 FEW = 8  # packs of one processor that a list spells out
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from specattn_codegen import pack, pack_merge, paths
+from specattn_codegen import paths
 from specattn_codegen.cli.pack import tables
 from specattn_codegen.cli.pack.grading import examine, grades
 from specattn_codegen.cli.pack.places import find, named_files
 from specattn_codegen.cli.progress import say
 from specattn_codegen.errors import PackError
-from specattn_codegen.pack import Pack
+from specattn_codegen.packs import pack, pack_merge
+from specattn_codegen.packs.pack import Pack
 
 
 @click.command()

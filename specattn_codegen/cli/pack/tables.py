@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 
 from specattn_codegen.cli.progress import microseconds, short_plan
-from specattn_codegen.explain import Neighbour
-from specattn_codegen.pack import Entry, Pack
-from specattn_codegen.pack_merge import Change
-from specattn_codegen.staleness import Grade
+from specattn_codegen.packs.explain import Neighbour
+from specattn_codegen.packs.pack import Entry, Pack
+from specattn_codegen.packs.pack_merge import Change
+from specattn_codegen.packs.staleness import Grade
 
 
 def table(*titles: str, folds: Sequence[str] = ()) -> Table:

@@ -1,0 +1,1 @@
+"""A Llama in plain torch, from a checkpoint folder to logits."""

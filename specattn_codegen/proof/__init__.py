@@ -1,0 +1,1 @@
+"""What a kernel computes is right: the float64 oracle, problems to try, tolerances, verdicts."""
