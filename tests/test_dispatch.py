@@ -65,6 +65,14 @@ def test_callers_memory_is_used_and_nothing_else(kernels: Kernels, problem: Atte
         kernels.verify_attention(*inputs(problem), max_q=3, workspace=poisoned(16))
 
 
+def test_a_call_without_scores_looks_at_no_place_for_them(kernels: Kernels, problem: AttentionProblem) -> None:
+    """As the operators have it, which must return tensors: of no elements, on one axis."""
+    out = VerifyOutput(torch.empty(5, 8, 32), torch.empty(5, 8), torch.zeros(0), torch.zeros(0, dtype=torch.int32))
+    given = kernels.verify_attention(*inputs(problem), max_q=3, out=out)
+    assert given.scores is given.histogram is None
+    assert torch.equal(out.out, kernels.verify_attention(*inputs(problem), max_q=3).out)
+
+
 def test_a_missing_entry_warns_once_and_strict_raises(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
@@ -247,6 +255,33 @@ def test_operators_pass_opcheck_and_equal_the_kernels(kernels: Kernels, problem:
     assert torch.equal(scores[0, :, :297], expected.scores[0, :, :297])
     assert (scores[0, :, 297:] == 0).all()
     assert histogram.numel() == 0
+    plain = torch_ops.verify_attention(*inputs(p), 3, scale)
+    assert torch.equal(plain[0], out)
+    assert plain[2].numel() == plain[3].numel() == 0
+
+
+def test_a_mixed_batch_as_an_operator(kernels: Kernels, problem: AttentionProblem) -> None:
+    """The second request drafts: what it attends to is the kernels', and its scores and counts are 0."""
+    p, mode = problem, torch.tensor([0, 1], dtype=torch.int32)
+    assert p.indices is not None
+    assert p.counts is not None
+    operator = torch.ops.specattn.mixed_attention.default
+    arguments = (*inputs(p), p.indices, p.counts, p.tail_start, mode, 3, HEADS.scale)
+    scored = {"score_rows": "ends", "score_heads": "layer", "score_histogram": True}
+    assert set(torch.library.opcheck(operator, arguments, scored).values()) == {"SUCCESS"}
+    out, lse, scores, histogram = operator(*arguments, **scored)
+    chosen, score = Selection(p.indices, p.counts), ScoreSpec(rows="ends", heads="layer", histogram=True)
+    expected = kernels.mixed_attention(*inputs(p), chosen, p.tail_start, mode, max_q=3, score=score)
+    assert expected.scores is not None
+    assert torch.equal(out, expected.out)
+    assert torch.equal(lse, expected.lse)
+    assert expected.histogram is not None
+    assert torch.equal(histogram, expected.histogram)
+    assert torch.equal(scores[0, :, :297], expected.scores[0, :, :297])
+    assert (scores[0, :, 297:] == 0).all()
+    assert (scores[1] == 0).all()
+    slots = reference.physical_slots(p.indices, p.page_table, 16)
+    assert torch.equal(operator(*arguments, **scored, slots=slots)[0], out)
 
 
 def test_the_verification_operator_serves_references_pages_and_8_bit_caches(problem: AttentionProblem) -> None:

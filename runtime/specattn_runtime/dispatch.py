@@ -100,10 +100,10 @@ class Kernels:
         q [total_q, Hq, D]; k_cache [pages, page_size, Hkv, D], v_cache [pages, page_size, Hkv, Dv] (any strides, unit
         last); page_table [B, max_pages], kv_lens [B], cu_q [B + 1] int32. Row i of request b sits at position
         `kv_lens[b] - q_len[b] + i` and sees the keys up to itself, its own included. max_q and max_kv bound rows and
-        keys per request. Pages of a request's keys must be pages of the cache: nobody checks each call's table, and
-        one past the cache reads what lies there; entries past its keys are not followed. Scores: see ScoreSpec; columns
-        at and past a request's prefix are left unwritten. lse_ref [total_q, Hq] float32 goes with a reference
-        normaliser; k_scale and v_scale, of one element or one per KV head, with an 8-bit cache.
+        keys per request. Pages of a request's keys must be pages of the cache: another one raises SpecError on the CPU;
+        on a GPU nobody looks, and it reads what lies there. Entries past its keys are not followed. Scores: see
+        ScoreSpec; columns at and past a request's prefix are left unwritten. lse_ref [total_q, Hq] float32 goes with a
+        reference normaliser; k_scale and v_scale, of one element or one per KV head, with an 8-bit cache.
         Raises SpecError for inputs that break these rules.
         """
         spec = self._spec("verify_attention", score, None)

@@ -58,8 +58,12 @@ def _kernels_of(
     return _kernels(heads, q.device, q.dtype, k_cache.dtype, k_cache.shape[1])
 
 
-def _score_spec(rows: str, heads: str, value: str, normaliser: str, granularity: str, histogram: bool) -> ScoreSpec:
-    """Raises SpecError for a name that ScoreSpec does not know."""
+def _score_spec(
+    rows: str, heads: str, value: str, normaliser: str, granularity: str, histogram: bool
+) -> ScoreSpec | None:
+    """None where rows is "". Raises SpecError for a name that ScoreSpec does not know."""
+    if not rows:
+        return None
     return ScoreSpec(
         rows=rows,  # pyright: ignore[reportArgumentType]
         heads=heads,  # pyright: ignore[reportArgumentType]
@@ -67,6 +71,14 @@ def _score_spec(rows: str, heads: str, value: str, normaliser: str, granularity:
         normaliser=normaliser,  # pyright: ignore[reportArgumentType]
         granularity=granularity,  # pyright: ignore[reportArgumentType]
         histogram=histogram,
+    )
+
+
+def _new_attention(q: torch.Tensor, v_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse."""
+    return (
+        q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
+        q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
     )
 
 
@@ -113,14 +125,8 @@ def verify_attention(
     not asked for."""
     kernels = _kernels_of(q, k_cache, v_cache, sinks, scale, softcap, window)
     named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
-    score = _score_spec(*named) if score_rows else None
-    scores, histogram = _new_scores(score, q, k_cache, page_table, max_kv)
-    out = VerifyOutput(
-        q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
-        q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
-        scores,
-        histogram,
-    )
+    score = _score_spec(*named)
+    results = *_new_attention(q, v_cache), *_new_scores(score, q, k_cache, page_table, max_kv)
     kernels.verify_attention(
         *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
         max_q=max_q,
@@ -130,9 +136,9 @@ def verify_attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
-        out=out,
+        out=VerifyOutput(*results),
     )
-    return out.out, out.lse, scores, histogram
+    return results
 
 
 @verify_attention.register_fake
@@ -160,11 +166,7 @@ def _(
     v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
-    return (
-        q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
-        q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
-        *_new_scores(_score_spec(*named) if score_rows else None, q, k_cache, page_table, max_kv),
-    )
+    return *_new_attention(q, v_cache), *_new_scores(_score_spec(*named), q, k_cache, page_table, max_kv)
 
 
 @torch.library.custom_op("specattn::sparse_attention", mutates_args=())
@@ -226,10 +228,94 @@ def _(
     block: int = 1,
     slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
-        q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32),
+    return _new_attention(q, v_cache)
+
+
+@torch.library.custom_op("specattn::mixed_attention", mutates_args=())
+def mixed_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    tail_start: torch.Tensor,
+    mode: torch.Tensor,
+    max_q: int,
+    scale: float,
+    max_kv: int = -1,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    score_rows: str = "",
+    score_heads: str = "kv_head",
+    score_value: str = "weight",
+    score_normaliser: str = "exact",
+    score_granularity: str = "token",
+    score_histogram: bool = False,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    block: int = 1,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse, scores and histogram, as verify_attention does for requests of mode 0; one of mode 1 drafts, as
+    in sparse_attention, and its scores and histogram are 0."""
+    kernels = _kernels_of(q, k_cache, v_cache, sinks, scale, softcap, window)
+    named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
+    score = _score_spec(*named)
+    results = *_new_attention(q, v_cache), *_new_scores(score, q, k_cache, page_table, max_kv)
+    kernels.mixed_attention(
+        *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
+        Selection(indices, counts, block, slots),
+        tail_start,
+        mode,
+        max_q=max_q,
+        max_kv=None if max_kv < 0 else max_kv,
+        score=score,
+        lse_ref=lse_ref,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=VerifyOutput(*results),
     )
+    return results
+
+
+@mixed_attention.register_fake
+def _(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    tail_start: torch.Tensor,
+    mode: torch.Tensor,
+    max_q: int,
+    scale: float,
+    max_kv: int = -1,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    score_rows: str = "",
+    score_heads: str = "kv_head",
+    score_value: str = "weight",
+    score_normaliser: str = "exact",
+    score_granularity: str = "token",
+    score_histogram: bool = False,
+    lse_ref: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    block: int = 1,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    named = (score_rows, score_heads, score_value, score_normaliser, score_granularity, score_histogram)
+    return *_new_attention(q, v_cache), *_new_scores(_score_spec(*named), q, k_cache, page_table, max_kv)
 
 
 @functools.cache

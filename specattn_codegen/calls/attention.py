@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from specattn_codegen.calls.outputs import allocate_outputs, check_outputs, score_shape_of
+from specattn_codegen.calls.outputs import allocate_outputs, check_outputs, has_histogram, score_shape_of
 from specattn_codegen.calls.tensors import require, require_slots
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
@@ -71,6 +71,7 @@ def attention_call(
         out = allocate_outputs(spec, q, score_shape)
     else:
         check_outputs(spec, q, score_shape, out)
+    scored = out if isinstance(out, VerifyOutput) and spec.score else None
     call = AttentionCall(
         **inputs._asdict(),
         max_q=max_q,
@@ -78,8 +79,8 @@ def attention_call(
         sinks=sinks,
         out=out.out,
         lse=out.lse,
-        scores=out.scores if isinstance(out, VerifyOutput) else None,
-        histogram=out.histogram if isinstance(out, VerifyOutput) else None,
+        scores=scored.scores if scored else None,
+        histogram=scored.histogram if scored and has_histogram(spec) else None,
         lse_ref=lse_ref,
         k_scale=cache_scale(spec, "k_scale", k_scale, q.device),
         v_scale=cache_scale(spec, "v_scale", v_scale, q.device),
