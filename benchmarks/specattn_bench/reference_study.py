@@ -82,6 +82,7 @@ class StudyKernels:
         max_kv: int | None = None,
         score: ScoreSpec | None = None,
         lse_ref: torch.Tensor | None = None,
+        out: VerifyOutput | None = None,  # noqa: ARG002 - the scores may be others than the kernels'
     ) -> VerifyOutput:
         found = self._kernels.verify_attention(
             *(q, k_cache, v_cache, page_table, kv_lens, cu_q),

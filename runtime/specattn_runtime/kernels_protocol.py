@@ -31,8 +31,10 @@ class AttentionKernels(Protocol):
         max_kv: int | None = None,
         score: ScoreSpec | None = None,
         lse_ref: torch.Tensor | None = None,
+        out: VerifyOutput | None = None,
     ) -> VerifyOutput:
-        """Causal attention of each request's last rows over its whole cache, with scores of its prefix keys."""
+        """Causal attention of each request's last rows over its whole cache, with scores of its prefix keys; in `out`,
+        or in tensors of its own."""
         ...
 
     def select_kv(

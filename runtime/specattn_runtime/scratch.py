@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from specattn_codegen.errors import SpecError
+from specattn_codegen.processors import huge_pages
+
+HEADROOM = 4  # memory that is kept grows by one part in so many more than is needed: texts grow at every round
+LINE = 16  # scores of a cache line
 
 
 class Scratch:
@@ -25,7 +32,29 @@ class Scratch:
             return given
         if self._kept.numel() >= needed:
             return self._kept
-        fresh = torch.empty(needed, dtype=torch.uint8, device=self._device)
-        if self._keep:
-            self._kept = fresh
-        return fresh
+        if not self._keep:
+            return torch.empty(needed, dtype=torch.uint8, device=self._device)
+        self._kept = _with_headroom(needed, torch.uint8, self._device)
+        return self._kept
+
+
+class KeptScores:
+    """Memory for scores, where fresh pages at every round would take longer than to write the scores."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0)
+
+    def lend(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """A float32 tensor with anything in it, in the place of the one lent before. Rows begin at cache lines, so that
+        a kernel may write them past the caches."""
+        *rows, columns = shape
+        width = -(-columns // LINE) * LINE
+        needed = math.prod(rows) * width
+        if self._kept.numel() < needed or self._kept.device != device:
+            self._kept = _with_headroom(needed, torch.float32, device)
+        return self._kept[:needed].view(*rows, width)[..., :columns]
+
+
+@torch.inference_mode(False)  # whoever is lent it next may be outside of that mode
+def _with_headroom(needed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return huge_pages.advise(torch.empty(needed + needed // HEADROOM, dtype=dtype, device=device))

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.results import Selection
-from specattn_codegen.spec import ScoreSpec
+from specattn_codegen.results import Selection, VerifyOutput
+from specattn_codegen.spec import HISTOGRAM_BINS, ScoreSpec
 from specattn_runtime.cache.rows import Rows
 from specattn_runtime.kernels_protocol import AttentionKernels
 
@@ -58,7 +58,8 @@ class Prefill:
 class Verify:
     """Attention over the whole cache; gathers each layer's lse [total_q, Hq] and, if asked for, scores [B, S, max_kv].
 
-    kernels, one a layer. references [layers, total_q, Hq] go with a score that is normalised by them.
+    kernels, one a layer. references [layers, total_q, Hq] go with a score that is normalised by them. room
+    [layers, B, S, max_kv] is where the scores go; without it every layer's are memory of their own.
     """
 
     kernels: Sequence[AttentionKernels]
@@ -66,11 +67,13 @@ class Verify:
     rows: Rows
     score: ScoreSpec | None
     references: torch.Tensor | None = None
+    room: torch.Tensor | None = None
     scores: list[torch.Tensor] = field(default_factory=list)
     lses: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(layer, self.rows.slots, k, v)
+        out = self._out(layer, q)
         verified = self.kernels[layer].verify_attention(
             q,
             self.cache.keys[layer],
@@ -82,11 +85,29 @@ class Verify:
             max_kv=self.rows.max_kv,
             score=self.score,
             lse_ref=None if self.references is None else self.references[layer],
+            out=out,
         )
         self.lses.append(verified.lse)
         if verified.scores is not None:
-            self.scores.append(verified.scores)
+            self.scores.append(_into(verified.scores, None if out is None else out.scores))
         return verified.out
+
+    def _out(self, layer: int, q: torch.Tensor) -> VerifyOutput | None:
+        """What a layer writes, where its scores have room."""
+        if self.room is None or self.score is None:
+            return None
+        heads, room = self.kernels[layer].heads, self.room[layer]
+        return VerifyOutput(
+            q.new_empty(len(q), heads.num_q_heads, heads.v_head_dim),
+            q.new_empty(len(q), heads.num_q_heads, dtype=torch.float32),
+            room,
+            q.new_empty(*room.shape[:2], HISTOGRAM_BINS, dtype=torch.int32) if self.score.histogram else None,
+        )
+
+
+def _into(scores: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    """The scores, in the room there is for them: kernels may have left it alone."""
+    return scores if room is None or scores is room else room.copy_(scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

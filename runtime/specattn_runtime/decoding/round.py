@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -31,6 +31,7 @@ from specattn_runtime.decoding.stopwatch import Stopwatch
 from specattn_runtime.decoding.turn import Emitted, Turn
 from specattn_runtime.kernels_protocol import AttentionKernels
 from specattn_runtime.model.llama import Attention
+from specattn_runtime.scratch import KeptScores
 
 PREFILL_ROWS = 128  # of a prompt that go through the kernels at a time: their scratch grows with the rows
 NOTHING = -1  # pads token rows where a request has fewer rows than the longest
@@ -96,17 +97,18 @@ class Drafted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
     """The full model's word on some rows, request after request: logits [total_q, V], each layer's lse [total_q, Hq]
-    and, where they were asked for, each layer's scores [B, S, max_kv]."""
+    and, where they were asked for, scores [layers, B, S, max_kv], which the decoder's next verification writes over."""
 
     rows: Rows
     logits: torch.Tensor
     lses: Sequence[torch.Tensor]
-    scores: Sequence[torch.Tensor] = ()
+    scores: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The parts that decode a batch. Its requests' lengths are the cache's; nothing else is kept between rounds.
+    """The parts that decode a batch. Its requests' lengths are the cache's; nothing else is kept between rounds but
+    the memory that scores are in.
 
     kernels, one a layer: the same for all of them, or each layer's own with its window, scale or sinks.
     """
@@ -116,6 +118,7 @@ class Decoder:
     cache: KvCache
     preset: Preset
     stopwatch: Stopwatch
+    score_memory: KeptScores = field(default_factory=KeptScores, repr=False)
 
     def prefill(self, request: int, tokens: Sequence[int]) -> None:
         """Adds tokens to a request's cache and says nothing about what follows them. The end of a prompt joins a round
@@ -210,11 +213,18 @@ class Decoder:
         references = None
         if score is not None and score.normaliser == "reference" and drafted.references is not None:
             references = drafted.references[:, rows.requests, rows.offsets]
-        attention = Verify(kernels=self.kernels, cache=self.cache, rows=rows, score=score, references=references)
-        hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
-        return Verified(
-            rows=rows, logits=self.model.logits(hidden), lses=tuple(attention.lses), scores=tuple(attention.scores)
+        room = None if score is None else self._room(score, rows)
+        attention = Verify(
+            kernels=self.kernels, cache=self.cache, rows=rows, score=score, references=references, room=room
         )
+        hidden = self.model.forward(tokens[rows.requests, rows.offsets], rows.positions, attention)
+        return Verified(rows=rows, logits=self.model.logits(hidden), lses=tuple(attention.lses), scores=room)
+
+    def _room(self, score: ScoreSpec, rows: Rows) -> torch.Tensor:
+        """Where a verification's scores go."""
+        score_rows = 1 if score.heads == "layer" else self.kernels[0].heads.num_kv_heads
+        columns = score.columns(rows.max_kv, self.cache.page_size)
+        return self.score_memory.lend((len(self.kernels), len(rows.counts), score_rows, columns), self._device)
 
     def accept(self, turns: Turns, drafted: Drafted, verified: Verified) -> list[Emitted | None]:
         """The drafts that hold and the token that follows them, for every turn."""
@@ -267,8 +277,10 @@ class Decoder:
             scores = key_choice.newest_first(len(turns), rows.max_kv, device)
         elif self.preset.ranking == "random":
             scores = key_choice.at_random(layers, rows.prefix_lens, rows.max_kv)
+        elif verified.scores is not None:
+            scores = verified.scores.flatten(0, 1)
         else:
-            scores = torch.cat(list(verified.scores))
+            raise TypeError(f"preset={self.preset.name}: selects from a verification that was asked for no scores")
         if self.preset.ahead:
             scores = key_choice.look_ahead(scores, len(turns), self.preset.ahead)
         if self.preset.recent_share:
