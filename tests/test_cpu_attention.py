@@ -293,6 +293,32 @@ def test_results_do_not_depend_on_threads_or_neighbours() -> None:
     assert torch.equal(both.scores[0, :, :1997], single.scores[0, :, :1997])
 
 
+def test_a_drafting_request_has_the_same_bits_alone() -> None:
+    """Whatever its neighbours select, under any bounds."""
+    kernel = kernel_for(sparse_spec(SMALL))
+    together = attention_problem(
+        kernel.spec, q_lens=[2, 1, 3], kv_lens=[90, 3000, 40], page_size=16, seed=9, budget=1500
+    )
+    assert together.indices is not None
+    assert together.counts is not None
+    one = run(kernel, together)
+    for request, rows in enumerate((slice(0, 2), slice(2, 3), slice(3, 6))):
+        alone = dataclasses.replace(
+            together,
+            q=together.q[rows],
+            page_table=together.page_table[request : request + 1],
+            kv_lens=together.kv_lens[request : request + 1],
+            cu_q=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+            max_kv=int(together.kv_lens[request]),
+            indices=together.indices[request : request + 1],
+            counts=together.counts[request : request + 1],
+            tail_start=together.tail_start[request : request + 1],
+        )
+        found = run(kernel, alone)
+        assert torch.equal(found.out, one.out[rows])
+        assert torch.equal(found.lse, one.lse[rows])
+
+
 @pytest.mark.parametrize("op", ["verify_attention", "sparse_attention"])
 def test_a_page_that_the_cache_does_not_have_is_refused_and_one_past_a_length_ignored(op: Op) -> None:
     kernel = kernel_for(verify_spec(SMALL) if op == "verify_attention" else sparse_spec(SMALL))

@@ -224,10 +224,12 @@ def test_streams_token_by_token() -> None:
 def test_what_cannot_be_served_says_so() -> None:
     model, input_ids, method = random_model("llama"), prompts(2, 20), speculative(SMALL)
     holes = torch.ones_like(input_ids)
-    holes[0, 4] = 0
+    holes[1, :3] = 0
+    holes[1, 6:8] = 0
     refused: dict[str, dict[str, Any]] = {
         "num_beams=2: must be 1": {"num_beams": 2},
-        "attention_mask must be zeros, then": {"attention_mask": holes},
+        "prompt 1: its attention_mask is 0 at 6 after a 1: it must be zeros, then": {"attention_mask": holes},
+        "prompt 0: its attention_mask is all 0": {"attention_mask": torch.zeros_like(input_ids)},
         "output_attentions=True: not kept": {"output_attentions": True, "return_dict_in_generate": True},
         "exceed the model's 256 positions": {"max_new_tokens": 300},
         "takes one prompt, and there are 2": {

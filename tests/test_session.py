@@ -258,3 +258,11 @@ def test_kernels_must_be_those_of_the_model_and_its_cache(changes: dict[str, Any
     loaded = load_kernels(heads, **{"dtype": torch.float32, "page_size": 4, **changes})
     with pytest.raises(SpecError, match=message):
         open_session(model, loaded, decode_spec(), max_requests=1, num_pages=9)
+
+
+def test_a_model_elsewhere_is_not_served_by_kernels_of_the_host() -> None:
+    model = wavy_llama(dtype=torch.float32)
+    elsewhere = dataclasses.replace(model, embedding=model.embedding.to("meta"))
+    loaded = load_kernels(model.heads, dtype=torch.float32, page_size=4)
+    with pytest.raises(SpecError, match="device=meta: the kernels were loaded for device=cpu; load_kernels for what"):
+        open_session(elsewhere, loaded, decode_spec(), max_requests=1, num_pages=9)

@@ -303,7 +303,7 @@ def test_a_slot_outside_the_cache_selects_nothing(backend: Backend, slot_dtype: 
     assert result.passed, result.detail
 
 
-@pytest.mark.parametrize("backend", ["cpu", "tilelang"])
+@on_every_backend
 def test_a_mixed_batch_reads_slots(backend: Backend) -> None:
     spec = spec_of(backend, op="mixed_attention")
     run = runner(backend, spec)

@@ -25,9 +25,10 @@ class Texts:
         self.padding = (mask == 0).sum(dim=1).tolist()
         for request, padding in enumerate(self.padding):
             if mask[request, :padding].any() or padding == width:
+                found = "all 0" if padding == width else f"0 at {_hole(mask[request])} after a 1"
                 raise SpecError(
-                    f"prompt {request}: its attention_mask must be zeros, then one 1 or more and nothing else; pad on "
-                    "the left (tokenizer.padding_side='left')"
+                    f"prompt {request}: its attention_mask is {found}: it must be zeros, then one 1 or more and "
+                    "nothing else; pad on the left (tokenizer.padding_side='left')"
                 )
         self._offsets = torch.tensor(self.padding, device=input_ids.device)
         self._tokens = torch.nn.functional.pad(input_ids, (0, capacity - width))
@@ -51,3 +52,8 @@ class Texts:
     def upto(self, request: int, position: int) -> torch.Tensor:
         """Everything up to and with a position, padding included, as logits processors want it [n]."""
         return self._tokens[request, : self.padding[request] + position + 1]
+
+
+def _hole(mask: torch.Tensor) -> int:
+    """The first 0 of a mask [N] that follows a 1."""
+    return int(((mask != 0).cummax(0).values & (mask == 0)).int().argmax())
