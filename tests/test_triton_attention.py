@@ -121,6 +121,36 @@ def test_every_head_dim_group_and_page_size(place: int) -> None:
         assert result.passed, (spec.op, result.detail)
 
 
+@pytest.mark.parametrize(("group", "rows"), [(4, 6), *((group, 23 - group) for group in range(8, 16))])
+def test_groups_and_rows_that_the_shapes_above_lack(group: int, rows: int) -> None:
+    heads = HeadConfig(num_q_heads=group, num_kv_heads=1, head_dim=16)
+    for spec in (verify_spec(heads), sparse_spec(heads)):
+        problem = attention_problem(spec, q_lens=[rows], kv_lens=[30], page_size=16, seed=group, budget=11)
+        result = verdict(attention_kernel(spec, block_m=64), problem)
+        assert result.passed, (spec.op, result.detail)
+
+
+def test_pages_may_be_shared_and_repeated() -> None:
+    """Two requests over five pages, named over and over, against a copy of each page for each entry."""
+    spec = verify_spec(SMALL, ScoreSpec(), page_size=4)
+    kernel = attention_kernel(spec)
+    problem = attention_problem(spec, q_lens=[2, 1], kv_lens=[38, 24], page_size=4, seed=9)
+    full = problem.page_table[1, :6]
+    table = full[torch.arange(problem.page_table.numel()) * 7 % 5].view(2, -1)
+    shared = dataclasses.replace(problem, page_table=table)
+    copied = dataclasses.replace(
+        problem,
+        page_table=torch.arange(table.numel(), dtype=torch.int32).view(2, -1),
+        k_cache=problem.k_cache[table.flatten().long()],
+        v_cache=problem.v_cache[table.flatten().long()],
+    )
+    one, other = run(kernel, shared), run(kernel, copied)
+    assert torch.equal(one.out, other.out)
+    assert torch.equal(one.lse, other.lse)
+    result = check_attention(spec, shared, one.out, one.lse, one.scores)
+    assert result.passed, result.detail
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("layout", get_args(Layout))
 def test_descriptors_read_what_pointers_read(layout: Layout, page_size: int) -> None:

@@ -3,10 +3,12 @@
 A kernel fixes head dims, group, dtypes, features and score definition; page size, layout and rows are run-time
 arguments on the CPU, so every kernel meets each of their values. The 24 kernels are 8 head dims by 3 rows of an
 orthogonal array: any two of its columns hold each of their 9 pairs, and each head dim every value of a column.
+Sparse attention, which loads and multiplies tiles of keys by the same source, has one kernel for every head dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any, get_args
 
@@ -124,3 +126,15 @@ def test_verification_equals_the_oracle(kernel: int) -> None:
         sizes = problem_sizes(kernel, index)
         result = verdict(built, attention_problem(built.spec, **sizes))
         assert result.passed, (sizes, result.detail)
+
+
+@pytest.mark.parametrize("dim", range(8), ids=lambda dim: f"d{HEAD_DIMS[dim]}")
+def test_sparse_attention_equals_the_oracle(dim: int) -> None:
+    """With a selection per layer and per KV head in turns, of keys and of blocks."""
+    verify = spec_of(3 * dim + dim % 3)
+    spec = dataclasses.replace(verify, op="sparse_attention", score=None, selection="layer" if dim % 2 else "kv_head")
+    built = kernel_for(spec)
+    for index, block in enumerate((1, 4, 16, 1, 4, 16, 1)):
+        sizes = problem_sizes(dim, index)
+        result = verdict(built, attention_problem(spec, **sizes, budget=160 // block, block=block))
+        assert result.passed, (sizes, block, result.detail)
