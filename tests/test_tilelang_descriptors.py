@@ -23,7 +23,7 @@ from tilelang import env
 
 from specattn_codegen.build import tilelang_compile
 from specattn_codegen.build.disassemble import sass_opcodes
-from tilelang_cases import SMALL, twin, verdict, verify_spec
+from tilelang_cases import SMALL, mixed_spec, twin, verdict, verify_spec
 
 needs_nvcc = pytest.mark.skipif(not env.CUDA_HOME, reason="nvcc is not installed, and TileLang compiles with it")
 
@@ -47,6 +47,25 @@ def test_results_equal_the_oracle(score: ScoreSpec | None) -> None:
     )
     result = verdict(kernel, problem)
     assert result.passed, result.detail
+
+
+def test_requests_that_verify_beside_others_that_draft_equal_the_oracle() -> None:
+    """Lists of either kind end within a tile and within a share, and some begin with the oldest key of a window."""
+    spec = mixed_spec(dataclasses.replace(SMALL, window=150), ScoreSpec(normaliser="reference"), page_size=64)
+    kernel = twin(spec, kv_load="descriptor", num_stages=3)
+    problem = attention_problem(
+        spec,
+        q_lens=[3, 0, 1, 2, 1, 5],
+        kv_lens=[300, 40, 64, 1, -3, 433],
+        page_size=64,
+        seed=1,
+        layout="nhd",
+        budget=90,
+    )
+    for modes in ([0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]):
+        mixed = dataclasses.replace(problem, mode=torch.tensor(modes, dtype=torch.int32))
+        result = verdict(kernel, mixed)
+        assert result.passed, (modes, result.detail)
 
 
 def test_an_array_is_described_from_its_last_dimension() -> None:
@@ -83,6 +102,27 @@ def test_a_binary_is_fed_by_the_accelerator_and_multiplies_by_warp_groups() -> N
     assert any(name.startswith("HGMMA") for name in opcodes)
     assert any(name.startswith("UTMALDG") for name in opcodes)
     assert not any(name.startswith(("HMMA", "LDGSTS")) for name in opcodes)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["h100", "b200"])
+def test_a_mixed_batch_is_fed_by_the_accelerator(name: str) -> None:
+    """The warps that feed it leave no loop before the others do, so that all of them keep count of the work before."""
+    arch = gpus.find(name)
+    spec = dataclasses.replace(mixed_spec(LLAMA, page_size=64), dtype="bfloat16")
+    plan = space.default_plan(spec, arch, "tilelang").replace(kv_load="descriptor", num_stages=3, block_m=64)
+    folder = tilelang_compile.compiled_folder(render(spec, plan, "tilelang"), arch)
+    attend, _ = tilelang_compile.read_manifest(folder)
+    assert {one.array for one in attend.tensor_maps.values()} == {"k_cache", "v_cache"}
+    assert {"k_pointer", "v_pointer", "stride_k_page", "num_pages"} <= {name for _, name in attend.parameters}
+    assert attend.threads == 2 * 128
+    assert attend.resources.spill_bytes == 0
+    assert 0.9 * attend.resources.smem_bytes <= space.tilelang.smem_bytes(plan, spec, arch) <= arch.smem_per_block
+    text = (folder / "attend_splits.cu").read_text()
+    assert text.count("if (((int)threadIdx.x) < 128) {") == 1  # producers, and the others in what is else
+    assert "if (128 <= ((int)threadIdx.x))" not in text
+    opcodes = {opcode.partition(".")[0] for opcode in sass_opcodes(folder / "attend_splits.cubin")}
+    assert {"UTMALDG", "HGMMA" if name == "h100" else "HMMA"} <= opcodes
 
 
 def test_a_copy_that_is_quietly_read_through_pointers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,10 @@ CASES: dict[str, tuple[KernelSpec, dict[str, Setting]]] = {
     ),
     "mixed_attention": (_mixed(None, HEADS), {}),
     "mixed_attention_pillar": (_mixed(ScoreSpec(), HEADS), {}),
+    "mixed_attention_descriptors": (
+        dataclasses.replace(_mixed(None, HEADS), page_size=64),
+        {"kv_load": "descriptor", "num_stages": 2},
+    ),
     "mixed_attention_reference": (
         _mixed(
             ScoreSpec(rows="ends", heads="layer", normaliser="reference"),

@@ -32,9 +32,11 @@ def sparse_spec(heads: HeadConfig, selection: ScoreHeads = "kv_head") -> KernelS
     return KernelSpec(op="sparse_attention", heads=heads, dtype="float16", page_size=16, selection=selection)
 
 
-def mixed_spec(heads: HeadConfig, score: ScoreSpec | None = None, selection: ScoreHeads = "kv_head") -> KernelSpec:
+def mixed_spec(
+    heads: HeadConfig, score: ScoreSpec | None = None, selection: ScoreHeads = "kv_head", page_size: int = 16
+) -> KernelSpec:
     return KernelSpec(
-        op="mixed_attention", heads=heads, dtype="float16", page_size=16, score=score, selection=selection
+        op="mixed_attention", heads=heads, dtype="float16", page_size=page_size, score=score, selection=selection
     )
 
 
@@ -48,7 +50,7 @@ def plan_for(spec: KernelSpec, **changes: Setting) -> Plan:
         "ctas_per_sm": 8,
         "split_keys": 0,
     }
-    if spec.op == "verify_attention":
+    if spec.op != "sparse_attention":
         settings |= {"kv_load": "pointer"}
     if spec.is_float8:
         settings |= {"float8": "bits"}

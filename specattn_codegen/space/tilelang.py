@@ -36,7 +36,8 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
                   TileLang 0.1.15 cannot order where the positions of keys are computed on the way; more have a ring of
                   num_stages - 1 buffers, which it makes for descriptors alone
     kv_load       how tiles of keys and values are read: through pointers, by every warp; or with a tensor descriptor of
-                  the cache by the processor's tensor memory accelerator, which four further warps feed
+                  the cache by the processor's tensor memory accelerator, which four further warps feed; that is for
+                  whole pages, so that in a mixed batch selected keys go through pointers all the same
     float8        how an 8-bit cache is converted: by shifting the fields of its bytes
     score_method  as Triton's
     """
@@ -47,15 +48,16 @@ def axes(spec: KernelSpec) -> tuple[Axis, ...]:
             Axis("radix_bits", (8, 11)),
             Axis("max_splits", (1, 8, 16, 32)),
         )
+    reads_lists = spec.op == "sparse_attention"
     attention = (
         Axis("block_m", (16, 32, 64)),
         Axis("block_n", (32, 64, 128)),
         Axis("num_warps", (2, 4, 8)),
-        Axis("num_stages", (1, 2, 3, 4) if spec.op == "verify_attention" else (1,)),
+        Axis("num_stages", (1,) if reads_lists else (1, 2, 3, 4)),
         Axis("ctas_per_sm", (1, 2, 4, 8)),
         Axis("split_keys", (0,) if spec.op == "mixed_attention" else (0, *SPLIT_KEYS)),
     )
-    if spec.op == "verify_attention":
+    if not reads_lists:
         attention = (*attention, Axis("kv_load", ("pointer", "descriptor")))
     if spec.is_float8:
         attention = (*attention, Axis("float8", ("bits",)))
@@ -121,7 +123,7 @@ def _plans_by_preference(spec: KernelSpec) -> Iterator[Plan]:
             ctas_per_sm=BLOCKS_PER_SM,
             split_keys=0,
         )
-        if spec.op == "verify_attention":
+        if spec.op != "sparse_attention":
             plan = plan.replace(kv_load="pointer")
         if spec.is_float8:
             plan = plan.replace(float8="bits")
@@ -136,6 +138,8 @@ def smem_bytes(plan: Plan, spec: KernelSpec, arch: Arch) -> int:  # noqa: ARG001
     dims = spec.heads.head_dim + spec.heads.v_head_dim
     weights = 0 if block_m >= WARP_ROWS * plan.integer("num_warps") else block_m * block_n
     buffers = max(1, plan.integer("num_stages") - 1)
+    if spec.op == "mixed_attention" and plan["kv_load"] == "descriptor":
+        buffers += 1  # for keys of a selection
     elements = buffers * block_n * dims + block_m * spec.heads.head_dim + weights
     converted = block_n * dims if spec.is_float8 else 0
     needed = spec.dtype_bytes * elements + converted
@@ -218,6 +222,8 @@ def _usable_registers(plan: Plan, arch: Arch) -> int:
 def _why_loads_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     num_stages, block_n = plan.integer("num_stages"), plan.integer("block_n")
     if plan.as_dict().get("kv_load") != "descriptor":
+        if num_stages > 1 and spec.op == "mixed_attention":
+            return f"num_stages={num_stages}: TileLang reads no selected keys ahead; use 1, or kv_load=descriptor"
         if num_stages > 2:
             return f"num_stages={num_stages}: TileLang has one buffer of what is read through pointers; use 2"
         return None

@@ -197,7 +197,10 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     last_request += T.if_then_else(summed < share_end, 1, 0)
             # Without work of its own a program goes through no list.
             lists = T.alloc_var(INT, init=T.if_then_else(share_begin < share_end, last_request + 1 - first_request, 0))
+            work = T.alloc_var("int64", init=0)  # of a list
             for number in T.serial(lists * NUM_KV_HEADS):
+                # Of the list before; what follows the inner loops is done by the warps alone that multiply.
+                before += work
                 request = T.alloc_var(INT, init=first_request + number // NUM_KV_HEADS)
                 kv_head = T.alloc_var(INT, init=number % NUM_KV_HEADS)
                 first_row = T.alloc_var(INT, init=cu_q[request])
@@ -220,7 +223,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                 # At least one tile, so that rows without keys are written as well.
                 key_tiles = T.alloc_var(INT, init=T.max(T.truncdiv(listed + BLOCK_N - 1, BLOCK_N), 1))
                 tiles_of_rows = T.truncdiv(q_len * GROUP + BLOCK_M - 1, BLOCK_M)
-                work = T.alloc_var("int64", init=T.cast(key_tiles, "int64") * tiles_of_rows)
+                work = T.cast(key_tiles, "int64") * tiles_of_rows
                 # What the share has of this list.
                 low = T.alloc_var("int64", init=T.max(share_begin - before, 0))
                 high = T.alloc_var("int64", init=T.min(share_end - before, work))
@@ -243,7 +246,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     T.clear(acc)
                     T.fill(row_max, -T.infinity("float32"))
                     T.clear(row_sum)
-                    for step in T.Pipelined(T.truncdiv(places + BLOCK_N - 1, BLOCK_N), num_stages=0):
+                    for step in T.serial(T.truncdiv(places + BLOCK_N - 1, BLOCK_N)):
                         for n in T.Parallel(BLOCK_N):
                             place = T.min(start + step * BLOCK_N + n, end - 1)
                             named = row_offset + T.truncdiv(place, keys_of_index)
@@ -281,11 +284,13 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                                     page_slots[n] = T.if_then_else(found, T.cast(slot, INT), spare_slot)
                                     keys[n] = T.if_then_else(found, keys[n], -1)
                         for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
-                            source = pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head
-                            k_tile[n, d] = k_cache[source + d]
+                            k_tile[n, d] = k_cache[
+                                pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head + d
+                            ]
                         for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
-                            source = pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head
-                            v_tile[n, d] = v_cache[source + d]
+                            v_tile[n, d] = v_cache[
+                                pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head + d
+                            ]
                         T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                         for m, n in T.Parallel(BLOCK_M, BLOCK_N):
                             position = kv_len - q_len + (first + m) // GROUP
@@ -321,7 +326,6 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                     if first_key_tile == 0:
                         owners[(request * NUM_KV_HEADS + kv_head) * row_tiles + tile] = owner
                         pieces[(request * NUM_KV_HEADS + kv_head) * row_tiles + tile] = readers
-                before += work
 
     @T.prim_func
     def merge_splits(

@@ -205,11 +205,13 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
                             page_slots[n] = T.if_then_else(found, T.cast(slot, INT), spare_slot)
                             keys[n] = T.if_then_else(found, keys[n], -1)
                 for n, d in T.Parallel(BLOCK_N, HEAD_DIM):
-                    source = pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head
-                    k_tile[n, d] = k_cache[source + d]
+                    k_tile[n, d] = k_cache[
+                        pages[n] * stride_k_page + page_slots[n] * stride_k_slot + kv_head * stride_k_head + d
+                    ]
                 for n, d in T.Parallel(BLOCK_N, V_HEAD_DIM):
-                    source = pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head
-                    v_tile[n, d] = v_cache[source + d]
+                    v_tile[n, d] = v_cache[
+                        pages[n] * stride_v_page + page_slots[n] * stride_v_slot + kv_head * stride_v_head + d
+                    ]
                 T.gemm(q_tile, k_tile, logits, transpose_B=True, clear_accum=True, policy=policy)
                 for m, n in T.Parallel(BLOCK_M, BLOCK_N):
                     position = prefix + (first + m) // GROUP

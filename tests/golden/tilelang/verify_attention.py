@@ -119,7 +119,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             request = T.alloc_var(INT, init=T.truncdiv(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
-            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            kv_len = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             prefix = T.alloc_var(INT, init=kv_len - q_len)  # position of the first row
             oldest = T.alloc_var(INT, init=0)
             # Whole tiles and at least one, so that splits past a request's keys are empty.
@@ -192,7 +192,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             request = T.alloc_var(INT, init=T.truncdiv(block, max_q))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
-            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            kv_len = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             oldest = T.alloc_var(INT, init=0)
             tiles = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - oldest, 1) + BLOCK_N - 1, BLOCK_N))
             chunk = T.alloc_var(INT, init=T.truncdiv(tiles + num_splits - 1, num_splits) * BLOCK_N)

@@ -130,7 +130,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             request = T.alloc_var(INT, init=T.truncdiv(T.truncdiv(block, NUM_KV_HEADS), row_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
-            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            kv_len = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             prefix = T.alloc_var(INT, init=kv_len - q_len)  # position of the first row
             # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
             oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
@@ -223,7 +223,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             request = T.alloc_var(INT, init=T.truncdiv(block, max_q))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
-            kv_len = T.alloc_var(INT, init=kv_lens[request])
+            kv_len = T.alloc_var(INT, init=T.max(kv_lens[request], 0))
             # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
             oldest = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - q_len - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
             tiles = T.alloc_var(INT, init=T.truncdiv(T.max(kv_len - oldest, 1) + BLOCK_N - 1, BLOCK_N))
@@ -282,7 +282,7 @@ def device_functions(T: Any, vector: int) -> tuple[Any, ...]:
             request = T.alloc_var(INT, init=T.truncdiv(block, score_tiles))
             first_row = T.alloc_var(INT, init=cu_q[request])
             q_len = T.alloc_var(INT, init=cu_q[request + 1] - first_row)
-            prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, kv_lens[request] - q_len, 0))
+            prefix = T.alloc_var(INT, init=T.if_then_else(q_len > 0, T.max(kv_lens[request], 0) - q_len, 0))
             # attend_splits reads no older tile.
             # Start of the tile with the oldest key of the first row's window; no later row sees an older key.
             oldest = T.alloc_var(INT, init=T.truncdiv(T.max(prefix - WINDOW + 1, 0), BLOCK_N) * BLOCK_N)
