@@ -1,4 +1,5 @@
 """What verification attention promises, on the CPU: identities that need no oracle, and the oracle where one is stated.
+Those about rows, splits, padding, pages and columns hold TileLang as well, by its twin in C.
 
 Properties by number, and what holds each; `cpu:` is tests/test_cpu_attention.py, `coverage:` test_verify_coverage.py.
 
@@ -39,9 +40,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import mmap
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ from specattn_codegen import space
 from specattn_codegen.calls import AttentionInputs, attention_call, problem_call
 from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
-from specattn_codegen.kernel import AttentionCall
+from specattn_codegen.kernel import AttentionCall, Kernel
 from specattn_codegen.plan import Setting
 from specattn_codegen.processors import cpu_info
 from specattn_codegen.proof import reference
@@ -62,9 +64,19 @@ from specattn_codegen.proof.problems import AttentionProblem, Layout, attention_
 from specattn_codegen.results import VerifyOutput
 from specattn_codegen.spec import DTYPES, Dtype, KernelSpec, KvDtype, ScoreRows, ScoreSpec
 
+Backend = Literal["cpu", "tilelang"]
 SPLITS: dict[str, Setting] = {"split_keys": 256}  # the shortest, so that short requests have several
 WINDOWED = dataclasses.replace(SMALL, window=40)
 CAPPED = dataclasses.replace(SMALL, window=50, softcap=4.0)
+# TileLang takes ten seconds for a kernel, so that all its tests share two.
+SINKING = dataclasses.replace(SMALL, sinks=True)
+BACKENDS: list[tuple[Backend, HeadConfig]] = [("cpu", SMALL), ("tilelang", SINKING)]
+BACKENDS_AND_WINDOWS: list[tuple[Backend, HeadConfig]] = [
+    *BACKENDS,
+    ("cpu", WINDOWED),
+    ("tilelang", dataclasses.replace(SINKING, window=WINDOWED.window)),
+]
+TILELANG_PAGE_SIZE = 16  # which its kernels are made for
 MARK = -1e30  # which is nobody's score
 TOKEN_SCORES = [score for score in SCORES if not score.by_page]
 # One for each way through the kernels: weights kept or final at once, per head or summed over heads, by key or page.
@@ -170,14 +182,35 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("heads", [SMALL, WINDOWED], ids=lambda heads: heads.name)
+@functools.cache
+def kernel_on(backend: Backend, heads: HeadConfig) -> Kernel:
+    """In short splits, with PillarAttn's scores."""
+    if backend == "cpu":
+        return kernel_for(verify_spec(heads, score=ScoreSpec()), changes=SPLITS)
+    pytest.importorskip("tilelang", reason="TileLang is not installed")
+    twins = importlib.import_module("tilelang_cases")
+    return twins.twin(twins.verify_spec(heads, ScoreSpec(), TILELANG_PAGE_SIZE), **SPLITS, ctas_per_sm=1)
+
+
+def sized(kernel: Kernel, problem_sizes: dict[str, Any]) -> AttentionProblem:
+    """A problem of some sizes, but of the page size that a kernel is made for where it is made for one."""
+    return attention_problem(
+        kernel.spec, **{**problem_sizes, "page_size": kernel.spec.page_size or problem_sizes["page_size"]}
+    )
+
+
+def _named(value: object) -> str:
+    return value.name if isinstance(value, HeadConfig | ScoreSpec) else str(value)
+
+
+@pytest.mark.parametrize(("backend", "heads"), BACKENDS_AND_WINDOWS, ids=_named)
 @examples(30)
 @given(rows=st.integers(1, 20), keys=KEYS, age=st.one_of(st.integers(0, 60), st.integers(0)), seed=SEEDS)
 def test_a_key_reaches_exactly_the_rows_that_see_it(
-    heads: HeadConfig, rows: int, keys: int, age: int, seed: int
+    backend: Backend, heads: HeadConfig, rows: int, keys: int, age: int, seed: int
 ) -> None:
     """A larger value of one key changes every element of the rows that see it, and no bit of the others."""
-    kernel = kernel_for(verify_spec(heads, score=ScoreSpec()), changes=SPLITS)
+    kernel = kernel_on(backend, heads)
     problem = attention_problem(kernel.spec, q_lens=[rows], kv_lens=[keys], page_size=16, seed=seed)
     key = keys - 1 - age % keys
     before = run(kernel, problem).out
@@ -239,12 +272,12 @@ EMPTY_SPLITS = {
 }
 
 
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("backend", "sinks"), [("cpu", False), ("cpu", True), ("tilelang", True)])
 @pytest.mark.parametrize("name", EMPTY_SPLITS)
-def test_rows_that_see_nothing_in_a_split_or_at_all(name: str, sinks: bool) -> None:
+def test_rows_that_see_nothing_in_a_split_or_at_all(name: str, backend: Backend, sinks: bool) -> None:
     """Merging -inf with -inf and 0 with 0 gives zeros and -inf, never NaN, with or without a sink."""
     heads, q_lens, kv_lens = EMPTY_SPLITS[name]
-    kernel = kernel_for(verify_spec(dataclasses.replace(heads, sinks=sinks), score=ScoreSpec()), changes=SPLITS)
+    kernel = kernel_on(backend, dataclasses.replace(heads, sinks=sinks))
     problem = attention_problem(kernel.spec, q_lens=q_lens, kv_lens=kv_lens, page_size=16, seed=4)
     call = run(kernel, problem)
     unseeing = max(0, q_lens[0] - kv_lens[0])
@@ -267,18 +300,21 @@ def test_a_sink_of_minus_infinity_is_no_sink() -> None:
 PADDING = st.tuples(st.integers(0, 3), st.sampled_from([0, -1, -17, -(2**31)]))
 
 
-@pytest.mark.parametrize("score", FEW_SCORES, ids=lambda score: score.name)
+PADDED: list[tuple[Backend, ScoreSpec]] = [*(("cpu", score) for score in FEW_SCORES), ("tilelang", ScoreSpec())]
+
+
+@pytest.mark.parametrize(("backend", "score"), PADDED, ids=_named)
 @examples(8)
 @given(problem_sizes=sizes(), padding=st.lists(PADDING, min_size=1, max_size=3))
 def test_padding_gives_zeros_and_touches_nothing(
-    score: ScoreSpec, problem_sizes: dict[str, Any], padding: list[tuple[int, int]]
+    backend: Backend, score: ScoreSpec, problem_sizes: dict[str, Any], padding: list[tuple[int, int]]
 ) -> None:
-    kernel = kernel_for(verify_spec(SMALL, score=score))
+    kernel = kernel_for(verify_spec(SMALL, score=score)) if backend == "cpu" else kernel_on(backend, SINKING)
     live = len(problem_sizes["q_lens"])
     for rows, length in padding:
         problem_sizes["q_lens"].append(rows)
         problem_sizes["kv_lens"].append(length)
-    problem = attention_problem(kernel.spec, **problem_sizes)
+    problem = sized(kernel, problem_sizes)
     call = run(kernel, problem)
     padded = slice(int(problem.cu_q[live]), None)
     assert (call.out[padded] == 0).all()
@@ -290,19 +326,23 @@ def test_padding_gives_zeros_and_touches_nothing(
 
 
 BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-CACHES: list[tuple[Dtype, KvDtype | None]] = [("float32", None), ("bfloat16", None), ("float32", "float8_e5m2")]
+CACHES: list[tuple[Backend, Dtype, KvDtype | None]] = [
+    ("cpu", "float32", None),
+    ("cpu", "bfloat16", None),
+    ("cpu", "float32", "float8_e5m2"),
+    ("tilelang", "float16", None),
+]
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES)
+@pytest.mark.parametrize(("backend", "dtype", "kv_dtype"), CACHES)
 @examples(10)
 @given(problem_sizes=sizes())
 def test_garbage_in_unused_slots_never_leaks(
-    dtype: Dtype, kv_dtype: KvDtype | None, problem_sizes: dict[str, Any]
+    backend: Backend, dtype: Dtype, kv_dtype: KvDtype | None, problem_sizes: dict[str, Any]
 ) -> None:
-    kernel = kernel_for(
-        KernelSpec(op="verify_attention", heads=SMALL, dtype=dtype, kv_dtype=kv_dtype, score=ScoreSpec())
-    )
-    problem = attention_problem(kernel.spec, **problem_sizes)
+    spec = KernelSpec(op="verify_attention", heads=SMALL, dtype=dtype, kv_dtype=kv_dtype, score=ScoreSpec())
+    kernel = kernel_for(spec) if backend == "cpu" else kernel_on(backend, SINKING)
+    problem = sized(kernel, problem_sizes)
     unused = torch.ones(problem.k_cache.shape[:2], dtype=torch.bool)
     for request in range(len(problem.kv_lens)):
         unused[slots(problem, request, live_positions(problem, request))] = False
@@ -341,16 +381,19 @@ def test_pages_may_be_shared_and_repeated(pages: list[int], keys: tuple[int, int
     assert result.passed, result.detail
 
 
+@pytest.mark.parametrize(("backend", "heads"), BACKENDS, ids=_named)
 @examples(20)
 @given(
     problem_sizes=sizes(), entry=st.one_of(st.sampled_from([-1, 2**31 - 1, -(2**31)]), st.integers(-(2**31), 2**31 - 1))
 )
-def test_page_table_entries_past_a_length_may_be_anything(problem_sizes: dict[str, Any], entry: int) -> None:
-    kernel = kernel_for(verify_spec(SMALL, score=ScoreSpec()))
-    problem = attention_problem(kernel.spec, **problem_sizes)
+def test_page_table_entries_past_a_length_may_be_anything(
+    backend: Backend, heads: HeadConfig, problem_sizes: dict[str, Any], entry: int
+) -> None:
+    kernel = kernel_on(backend, heads)
+    problem = sized(kernel, problem_sizes)
     before = run(kernel, problem)
     for request, keys in enumerate(problem_sizes["kv_lens"]):
-        problem.page_table[request, -(-keys // problem_sizes["page_size"]) :] = entry
+        problem.page_table[request, -(-keys // problem.k_cache.shape[1]) :] = entry
     assert same_bits(run(kernel, problem), before)
 
 
@@ -423,15 +466,22 @@ def test_outputs_are_allocated_as_promised() -> None:
                 attention_call(kernel.spec, 16, inputs, max_q=5, max_kv=90, out=other)
 
 
-@pytest.mark.parametrize("score", [FEW_SCORES[0], FEW_SCORES[1], FEW_SCORES[4]], ids=lambda score: score.name)
+BATCHED: list[tuple[Backend, ScoreSpec]] = [
+    *(("cpu", FEW_SCORES[at]) for at in (0, 1, 4)),
+    ("tilelang", ScoreSpec()),
+]
+
+
+@pytest.mark.parametrize(("backend", "score"), BATCHED, ids=_named)
 @examples(15)
 @given(problem_sizes=sizes(), data=st.data())
 def test_a_requests_bits_do_not_depend_on_its_batch(
-    score: ScoreSpec, problem_sizes: dict[str, Any], data: st.DataObject
+    backend: Backend, score: ScoreSpec, problem_sizes: dict[str, Any], data: st.DataObject
 ) -> None:
     """Any selection of the requests, in any order, on any number of threads, under any max_q and max_kv."""
-    kernel = kernel_for(verify_spec(SMALL, score=score), changes=SPLITS)
-    whole = attention_problem(kernel.spec, **problem_sizes)
+    on_cpu = backend == "cpu"
+    kernel = kernel_for(verify_spec(SMALL, score=score), changes=SPLITS) if on_cpu else kernel_on(backend, SINKING)
+    whole = sized(kernel, problem_sizes)
     requests = data.draw(st.lists(st.sampled_from(range(len(whole.kv_lens))), min_size=1, max_size=5))
     part = batch_of(whole, requests, extra_rows=data.draw(st.integers(0, 3)))
     threads = torch.get_num_threads()
@@ -444,7 +494,7 @@ def test_a_requests_bits_do_not_depend_on_its_batch(
         torch.set_num_threads(threads)
     for index, request in enumerate(requests):
         here, there = rows_of(part, index), rows_of(whole, request)
-        columns = score.columns(prefix_of(whole, request), problem_sizes["page_size"])
+        columns = score.columns(prefix_of(whole, request), whole.k_cache.shape[1])
         assert torch.equal(other.out[here], one.out[there])
         assert torch.equal(other.lse[here], one.lse[there])
         assert torch.equal(scores_of(other)[index, :, :columns], scores_of(one)[request, :, :columns])
@@ -553,14 +603,21 @@ def test_a_single_row_counts_once(keys: list[int], seed: int) -> None:
     assert all(same_bits(other, every) for other in others)
 
 
-@pytest.mark.parametrize("heads", [SMALL, CAPPED], ids=lambda heads: heads.name)
-@pytest.mark.parametrize("score", SCORES, ids=lambda score: score.name)
+WRITING: list[tuple[Backend, HeadConfig, ScoreSpec]] = [
+    *(("cpu", heads, score) for score in SCORES for heads in (SMALL, CAPPED)),
+    ("tilelang", SINKING, ScoreSpec()),
+]
+
+
+@pytest.mark.parametrize(("backend", "heads", "score"), WRITING, ids=_named)
 @examples(4)
 @given(problem_sizes=sizes())
-def test_only_the_prefix_is_written(score: ScoreSpec, heads: HeadConfig, problem_sizes: dict[str, Any]) -> None:
+def test_only_the_prefix_is_written(
+    backend: Backend, heads: HeadConfig, score: ScoreSpec, problem_sizes: dict[str, Any]
+) -> None:
     """Scores may lie inside a larger tensor, of which only each request's prefix columns change."""
-    kernel = kernel_for(verify_spec(heads, score=score))
-    problem = attention_problem(kernel.spec, **problem_sizes)
+    kernel = kernel_for(verify_spec(heads, score=score)) if backend == "cpu" else kernel_on(backend, heads)
+    problem = sized(kernel, problem_sizes)
     call = problem_call(kernel.spec, problem)
     batch, score_rows, columns = scores_of(call).shape
     around = torch.full((batch, score_rows + 1, columns + 5), MARK)
@@ -568,7 +625,7 @@ def test_only_the_prefix_is_written(score: ScoreSpec, heads: HeadConfig, problem
     kernel.launch(inside, torch.zeros(kernel.workspace_bytes(inside), dtype=torch.uint8))
     kernel.launch(call, torch.zeros(kernel.workspace_bytes(call), dtype=torch.uint8))
     for request in range(batch):
-        prefix = score.columns(prefix_of(problem, request), problem_sizes["page_size"])
+        prefix = score.columns(prefix_of(problem, request), problem.k_cache.shape[1])
         written = scores_of(call)[request, :, :prefix]
         assert torch.equal(around[request, :-1, 3 : 3 + prefix], written)
         assert not written.isnan().any()
