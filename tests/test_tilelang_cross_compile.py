@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from specattn_codegen import space
-from specattn_codegen.errors import BuildError, SpecError
+from specattn_codegen.cli import tune
+from specattn_codegen.errors import SpecError
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.processors import gpus
 from specattn_codegen.render import render
@@ -90,24 +91,45 @@ def test_selection_has_plans_everywhere_and_says_why_not_others(arch: str) -> No
     assert space.batch_invariant(plan) == plan
 
 
-def test_queries_and_caches_are_read_sixteen_bytes_at_a_time() -> None:
+@pytest.mark.parametrize(
+    ("spec", "read"),
+    [(verify(None), "cp_async_gs<16>"), (SAMPLE["a100"], "*(uint4*)(k_cache")],
+    ids=["verify", "selected keys"],
+)
+def test_queries_and_caches_are_read_sixteen_bytes_at_a_time(spec: KernelSpec, read: str) -> None:
     """Which a stride that is no multiple of eight elements forbids."""
-    arch, spec = gpus.find("h100"), verify(None)
+    arch = gpus.find("h100")
     source = render(spec, space.default_plan(spec, arch, "tilelang"), "tilelang")
     wide, narrow = (tilelang_lower.lower_for_cuda(source, arch, vector)[0] for vector in (8, 1))
-    assert "cp_async_gs<16>" in wide.text
-    assert "cp_async_gs<16>" not in narrow.text
+    assert read in wide.text
+    assert read not in narrow.text
     assert wide.parameters == narrow.parameters
     assert wide.threads == 128
     assert ("int64_t", "stride_k_page") in wide.parameters
 
 
-def test_a_missing_compiler_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(env, "CUDA_HOME", str(tmp_path))
+MISSING = {"tilelang": "pip install tilelang==0.1.15", "nvcc": "pip install 'nvidia-cuda-nvcc>=13'"}
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("backend", ["tilelang", "all"])
+def test_a_missing_compiler_is_one_line(
+    missing: str, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which ends the command before it searches, and says what would do instead."""
+    if missing == "nvcc":
+        monkeypatch.setattr(env, "CUDA_HOME", str(tmp_path))
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["specattn-tune", "--heads", "8,2,32", "--gpu", "h100", "--backend", backend])
     tilelang_compile.nvcc.cache_clear()
-    with pytest.raises(BuildError, match="nvidia-cuda-nvcc"):
-        tilelang_compile.nvcc()
+    with pytest.raises(SystemExit, match="2"):
+        tune.main()
     tilelang_compile.nvcc.cache_clear()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert MISSING[missing] in message
+    assert "use --backend triton" in message
 
 
 @pytest.mark.parametrize(

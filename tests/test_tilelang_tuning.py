@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from specattn_bench.languages import compared
 from specattn_codegen import space
 from specattn_codegen.cli.progress import PLAIN_WIDTH, closing_table, microseconds
 from specattn_codegen.cli.rivals import find_rivals, rivals_table
@@ -59,6 +60,10 @@ def test_what_nothing_proves_is_recorded_and_shown_and_in_no_pack(
     assert [(one.entry.workload, one.plan, one.latency_us) for one in rivals] == [
         (entry.workload, theirs.plan, theirs.predicted_us[entry.workload.name]) for entry in watcher.winners
     ]
+    for row in compared(saved, compiled):
+        recorded = {"plan": theirs.plan.as_dict(), "predicted_us": round(theirs.predicted_us[str(row["workload"])], 2)}
+        assert (row["backend"], row["proved_by"]) == ("triton", "interpreter-float16-twin")
+        assert row["rivals"] == [{"backend": "tilelang", **recorded, "proved_by": "none"}]
     shown = io.StringIO()
     Console(width=PLAIN_WIDTH, file=shown).print(rivals_table(rivals))
     assert "proved by none" in shown.getvalue()

@@ -10,6 +10,7 @@ from specattn_bench import (
     acceptance,
     dispatch,
     endurance,
+    languages,
     mixed,
     reference,
     resources,
@@ -35,6 +36,7 @@ QUESTIONS: tuple[click.Command, ...] = (
     search.command,
     dispatch.command,
     resources.command,
+    languages.command,
 )
 HELP = """How fast are the kernels, beside what else there is and beside what this machine can do at all?
 

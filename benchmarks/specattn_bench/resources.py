@@ -15,6 +15,7 @@ from rich.table import Table
 
 from specattn_bench import report
 from specattn_codegen import space
+from specattn_codegen.build import tilelang
 from specattn_codegen.build.disassemble import sass_opcodes
 from specattn_codegen.cli.progress import console
 from specattn_codegen.digest import to_plain
@@ -52,6 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 @click.option("--save", is_flag=True, help="Keep the answer in benchmarks/results/cross-compiled.")
 def command(names: tuple[str, ...], save: bool) -> None:
     """Compiles verification of Llama 3 8B's heads by both languages' default plans for GPUs that need not be here."""
+    tilelang.require_compilers()
     rows = [row for name in names or TARGETS for row in compiled(gpus.find(name))]
     console().print(table(rows))
     if save:

@@ -23,6 +23,8 @@ from specattn_codegen.processors import gpu_detect
 from specattn_codegen.render import Source
 from specattn_codegen.spec import KernelSpec
 
+# TileLang is imported where a kernel is compiled, so that nobody else pays for it.
+COMPILER = "specattn_codegen.build.tilelang_compile"
 Functions = Mapping[str, Callable[..., None]]
 
 
@@ -30,6 +32,12 @@ def require_installed() -> None:
     """Raises BuildError where TileLang is missing."""
     if importlib.util.find_spec("tilelang") is None:
         raise BuildError("TileLang is not installed; `pip install tilelang==0.1.15`, or use --backend triton")
+
+
+def require_compilers() -> None:
+    """Raises BuildError where TileLang or the nvcc it compiles with is missing."""
+    require_installed()
+    importlib.import_module(COMPILER).nvcc()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +125,5 @@ def load(source: Source) -> AttentionKernel | SelectKernel:
 
 
 def _loaded(source: Source, vector: int) -> Functions:
-    # TileLang is imported where a kernel is compiled, so that nobody else pays for it.
-    compiler = importlib.import_module("specattn_codegen.build.tilelang_compile")
+    compiler = importlib.import_module(COMPILER)
     return cubin.load_folder(compiler.compiled_folder(source, gpu_detect.local(), vector))

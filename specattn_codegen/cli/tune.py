@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -170,6 +171,9 @@ def show(screen: Console, progress: TuningProgress, target: Target, packs: list[
     if not progress.winners:
         return
     screen.print(closing_table(progress.winners))
+    if len(target.backends) > 1:
+        taken = Counter(entry.plan.backend for entry in progress.winners)
+        screen.print("written in: " + ", ".join(f"{backend} ({count})" for backend, count in sorted(taken.items())))
     if rivals := find_rivals(progress.winners, [trial for _, trial in progress.trials]):
         screen.print(rivals_table(rivals))
     device = device_name(target.arch) if target.is_present else target.arch.name

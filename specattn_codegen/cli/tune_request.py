@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from specattn_codegen import models, space
+from specattn_codegen.build import tilelang
 from specattn_codegen.cli.options import HEADS, KV_DTYPE, MODEL, PAGE_SIZE, TP
 from specattn_codegen.environment import fit_digest
 from specattn_codegen.errors import SpecError
@@ -81,8 +82,11 @@ class Request:
     fit: Path | None = None
 
     def target(self) -> Target:
-        """Raises SpecError for an option that means nothing, PackError for a fit that is none of this processor."""
+        """Raises SpecError for an option that means nothing, PackError for a fit that is none of this processor, and
+        BuildError where TileLang is asked for and it or its compiler is missing."""
         found = find_target(self.gpu, self.backend, self.page_size)
+        if "tilelang" in found.backends:
+            tilelang.require_compilers()
         return dataclasses.replace(found, arch=fitted(found.arch, self.fit))
 
     def kinds(self) -> list[HeadConfig]:

@@ -49,8 +49,8 @@ def compiled(specs: Sequence[KernelSpec], arch: Arch, known: Ladder) -> list[Bin
 
     Raises BuildError in the compiler's words, or where it is missing, and SpecError where nothing is served.
     """
-    tilelang.require_installed()
-    compiler = importlib.import_module("specattn_codegen.build.tilelang_compile")
+    tilelang.require_compilers()
+    compiler = importlib.import_module(tilelang.COMPILER)
     served = [spec for spec in specs if space.why_unserved(spec, arch, BACKEND) is None]
     if not served:
         raise SpecError(
