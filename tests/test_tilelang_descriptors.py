@@ -138,6 +138,7 @@ def test_a_copy_that_is_quietly_read_through_pointers_is_refused(monkeypatch: py
         ("a100", 64, {}, "a100 has no tensor memory accelerator"),
         ("h100", 16, {}, "page_size=16 is no multiple of block_n=64"),
         ("h100", 64, {"num_stages": 1}, "use num_stages=2 or more"),
+        ("h100", 128, {"block_n": 128, "num_warps": 8}, "cannot add up 32 rows of 128 keys held by 8 warps; use 4"),
         ("h100", 64, {"kv_load": "pointer"}, "has one buffer of what is read through pointers"),
     ],
 )

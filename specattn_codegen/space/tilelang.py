@@ -188,6 +188,8 @@ def why_invalid(plan: Plan, spec: KernelSpec, arch: Arch) -> str | None:
     by_rows = block_m >= WARP_ROWS * num_warps
     if not by_rows and (block_n % (WARP_KEYS * num_warps) or spec.heads.v_head_dim % (WARP_KEYS * num_warps)):
         return f"num_warps={num_warps} cannot share {block_n} keys and v_head_dim={spec.heads.v_head_dim}; use fewer"
+    if (block_n, num_warps) == (128, 8) and block_m < WARP_GROUP_ROWS:
+        return f"TileLang 0.1.15 cannot add up {block_m} rows of {block_n} keys held by {num_warps} warps; use 4 warps"
     if block_m > WARP_ROWS * num_warps:
         return f"num_warps={num_warps} have more than one block of {WARP_ROWS} rows each; use more"
     reason = _why_loads_invalid(plan, spec, arch)
