@@ -7,7 +7,6 @@ import json
 from specattn_bench import report
 from specattn_codegen.heads import HeadConfig
 from specattn_codegen.processors import gpus
-from specattn_codegen.spec import KernelSpec
 from specattn_codegen.workloads import TUNED_OPS, model_specs
 
 COMMITTED = report.BENCHMARKS / "results" / "cross-compiled" / "languages-llama3-8b-h100.json"
@@ -18,7 +17,7 @@ def test_the_committed_answer_is_whole() -> None:
     answer = json.loads(COMMITTED.read_text())
     heads, arch = HeadConfig.from_model(answer["model"]), gpus.find(answer["gpu"])
     assert arch.is_gpu
-    specs: list[KernelSpec] = model_specs(heads, dtype="bfloat16", kv_dtype=None, page_size=16, ops=TUNED_OPS)
+    specs = model_specs(heads, dtype="bfloat16", kv_dtype=None, page_size=16, ops=TUNED_OPS)
     assert {entry["kernel"] for entry in answer["entries"]} == {spec.name for spec in specs}
     for entry in answer["entries"]:
         assert entry["backend"] == "triton"

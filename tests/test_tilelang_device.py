@@ -52,13 +52,19 @@ def test_kernels_equal_the_oracle(spec: KernelSpec) -> None:
         _prove(spec, plan)
 
 
+FED = tuple(
+    spec_of(SMALL, score, page_size=64)
+    for spec_of in (verify_spec, mixed_spec)
+    for score in (None, ScoreSpec(), ScoreSpec(normaliser="reference"))
+)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("score", [None, ScoreSpec(), ScoreSpec(normaliser="reference")], ids=str)
+@pytest.mark.parametrize("spec", FED, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("block_m", [16, 64])
-def test_kernels_that_the_accelerator_feeds_equal_the_oracle(score: ScoreSpec | None, block_m: int) -> None:
+def test_kernels_that_the_accelerator_feeds_equal_the_oracle(spec: KernelSpec, block_m: int) -> None:
     """64 rows are what warp groups multiply; each cache layout is described with strides of its own."""
-    spec = verify_spec(SMALL, score, page_size=64)
     plan = plan_for(spec, kv_load="descriptor", num_stages=3, block_m=block_m)
     reason = space.why_invalid(plan, spec, gpu_detect.local())
     if reason is not None:
