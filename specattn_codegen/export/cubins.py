@@ -49,13 +49,13 @@ def compiled(specs: Sequence[KernelSpec], arch: Arch, known: Ladder) -> list[Bin
 
     Raises BuildError in the compiler's words, or where it is missing, and SpecError where nothing is served.
     """
-    tilelang.require_compilers()
-    compiler = importlib.import_module(tilelang.COMPILER)
     served = [spec for spec in specs if space.why_unserved(spec, arch, BACKEND) is None]
     if not served:
         raise SpecError(
             f"{arch.name}: {space.why_unserved(specs[0], arch, BACKEND)}; TileLang's binaries are for NVIDIA's GPUs"
         )
+    tilelang.require_compilers()
+    compiler = importlib.import_module(tilelang.COMPILER)
     found: list[Binaries] = []
     for spec in served:
         plan, proved_by = plan_of(spec, arch, known)
