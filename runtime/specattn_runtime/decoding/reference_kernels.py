@@ -31,7 +31,7 @@ class ReferenceKernels:
         score: ScoreSpec | None = None,
         lse_ref: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
-        out: VerifyOutput | None = None,  # noqa: ARG002
+        out: VerifyOutput | None = None,  # noqa: ARG002 - the oracle makes its own
     ) -> VerifyOutput:
         found = reference.verify_attention(
             *(q, k_cache, v_cache, page_table, kv_lens, cu_q),
